@@ -1,0 +1,1 @@
+"""KV blocks: layout, keys, the paged pool, and the store client with its transports."""
