@@ -1,0 +1,1 @@
+"""The engine: protocol, torch and fake implementations, scheduler, sampler."""

@@ -1,0 +1,326 @@
+"""The loop that drives an engine: admit, step, emit.
+
+One core serves every role. The monolith submits plain sequences. A prefill worker submits
+sequences with a sink, which end at their first token. A decode worker submits sequences with a
+source, which begin where a prefill worker stopped. All methods but `step` may be called from any
+thread: they leave a note in the inbox, and the loop reads it between two steps, so that no caller
+ever waits for a forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from splitserve.engine.protocol import Draw, Engine, LayersDone, Slice
+from splitserve.engine.scheduler import Chunk, Scheduler
+from splitserve.engine.sequence import Sequence, SequenceOutput, State, StepListener
+from splitserve.errors import InvalidRequest, Overloaded, SplitserveError
+from splitserve.kv.pool import PagePool
+
+log = logging.getLogger(__name__)
+
+PagesListener = Callable[[list[bytes], list[bytes]], None]
+"""Called on the engine's thread as `listener(added_keys, removed_keys)`. Must not wait."""
+
+_RATE_SMOOTHING = 0.2
+
+
+@dataclass(frozen=True)
+class CoreConfig:
+    """Sizes of the loop. `max_queue` bounds sequences that are accepted and not finished."""
+
+    max_batch: int = 64
+    max_step_tokens: int = 512
+    max_queue: int = 4096
+    reuse_prefixes: bool = True
+
+
+@dataclass(frozen=True)
+class CoreStats:
+    """A snapshot between two steps. `stuck_s` is how long the present step has been running."""
+
+    running: int
+    waiting: int
+    queued_tokens: int
+    total_pages: int
+    free_pages: int
+    steps: int
+    failed_steps: int
+    num_preemptions: int
+    prefill_tokens_per_s: float
+    stuck_s: float
+
+
+class EngineCore:
+    """Owns the scheduler and the pool, and is the only caller of `Engine.step`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: CoreConfig,
+        listener: StepListener,
+        pages_listener: PagesListener | None = None,
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._listener = listener
+        self._pages_listener = pages_listener
+        self._pool = PagePool(engine.spec.num_pages, reuse=config.reuse_prefixes)
+        self._scheduler = Scheduler(
+            engine.spec,
+            self._pool,
+            max_batch=config.max_batch,
+            max_step_tokens=config.max_step_tokens,
+        )
+        self._news = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._live: dict[str, Sequence] = {}
+        self._ids: set[str] = set()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._steps = 0
+        self._failed_steps = 0
+        self._prefill_rate = 0.0
+        self._step_began = 0.0
+
+    # -- from any thread -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run the loop on a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the present step and wait for it. Sequences are dropped."""
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+        if self._thread:
+            self._thread.join()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises `Overloaded` if the queue is full or the pool could never hold it, and
+        `InvalidRequest` if its id is live.
+        """
+        self._check_fits(sequence)
+        with self._news:
+            if len(self._ids) >= self._config.max_queue:
+                raise Overloaded(f"{len(self._ids)} sequences are queued; come back", 1.0)
+            if sequence.id in self._ids:
+                raise InvalidRequest.single("request_id", f"{sequence.id!r} is in use")
+            self._ids.add(sequence.id)
+        self._note(lambda: self._add(sequence))
+
+    def first_token(self, sequence_id: str, token_id: int) -> None:
+        """Give an awaiting sequence the token that a prefill worker drew."""
+
+        def apply(sequence: Sequence) -> None:
+            if sequence.await_first_token and sequence.state is not State.FINISHED:
+                self._scheduler.first_token(sequence, token_id)
+
+        self._note_for(sequence_id, apply)
+
+    def loaded(self, sequence_id: str, num_blocks: int) -> None:
+        """Answer a `KvSource.load`: its first `num_blocks` blocks are filled."""
+
+        def apply(sequence: Sequence) -> None:
+            self._scheduler.loaded(sequence, num_blocks)
+            self._forget_if_done(sequence)
+
+        self._note_for(sequence_id, apply)
+
+    def abort(self, sequence_id: str) -> None:
+        """End a sequence without output. One that is unknown or has ended is left alone."""
+
+        def apply(sequence: Sequence) -> None:
+            if sequence.state is not State.FINISHED:
+                self._scheduler.remove(sequence)
+            self._forget_if_done(sequence)
+
+        self._note_for(sequence_id, apply)
+
+    def release(self, sequence_id: str) -> None:
+        """A prefill's hand-over is done with its pages."""
+
+        def apply(sequence: Sequence) -> None:
+            self._scheduler.release(sequence)
+            self._forget_if_done(sequence)
+
+        self._note_for(sequence_id, apply)
+
+    def stats(self) -> CoreStats:
+        """Count what is there. Values may be a step old, never torn in a way that matters."""
+        began = self._step_began
+        scheduler = self._scheduler
+        return CoreStats(
+            running=len(scheduler.running) + len(scheduler.loading),
+            waiting=len(scheduler.waiting) + len(self._inbox),
+            queued_tokens=self._queued_tokens,
+            total_pages=self._pool.num_pages,
+            free_pages=self._pool.num_free,
+            steps=self._steps,
+            failed_steps=self._failed_steps,
+            num_preemptions=scheduler.num_preemptions,
+            prefill_tokens_per_s=self._prefill_rate,
+            stuck_s=time.monotonic() - began if began else 0.0,
+        )
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Admit, step, emit. False if there was nothing to compute."""
+        self._read_inbox()
+        self._scheduler.admit()
+        chunks = self._scheduler.plan()
+        if chunks:
+            self._step_began = time.monotonic()
+            outputs = self._compute(chunks)
+            self._step_began = 0.0
+            self._steps += 1
+            self._emit(outputs)
+        self._publish()
+        return bool(chunks)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                if not self.step():
+                    self._wait_for_news()
+            except Exception:
+                self._failed_steps += 1
+                log.exception("the engine loop failed outside a forward pass")
+
+    def _wait_for_news(self) -> None:
+        with self._news:
+            while not self._inbox and not self._stopping:
+                self._news.wait()
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _compute(self, chunks: list[Chunk]) -> list[SequenceOutput]:
+        began = time.monotonic()
+        try:
+            drawn = self._engine.step(
+                [_slice(c) for c in chunks], _layers_done(chunks, self._block)
+            )
+        except Exception:
+            self._failed_steps += 1
+            log.exception("a forward pass over %d sequences failed", len(chunks))
+            return [self._fail(chunk.sequence) for chunk in chunks]
+        self._measure(chunks, time.monotonic() - began)
+        for chunk in chunks:
+            if chunk.sequence.sink:
+                chunk.sequence.sink.blocks_done(*_whole_blocks(chunk, self._block))
+        return [
+            output
+            for chunk, tokens in zip(chunks, drawn, strict=True)
+            if (output := self._scheduler.apply(chunk, tokens))
+        ]
+
+    def _fail(self, sequence: Sequence) -> SequenceOutput:
+        self._scheduler.remove(sequence)
+        error = SplitserveError("the forward pass failed; the worker's log says why")
+        return SequenceOutput(sequence, len(sequence.output), (), error=error)
+
+    def _emit(self, outputs: list[SequenceOutput]) -> None:
+        for output in outputs:
+            self._forget_if_done(output.sequence)
+        if outputs:
+            self._listener(self._steps, outputs)
+
+    def _publish(self) -> None:
+        added, removed = self._pool.drain_changes()
+        if self._pages_listener and (added or removed):
+            self._pages_listener(added, removed)
+
+    # -- bookkeeping ---------------------------------------------------------------------------
+
+    @property
+    def _block(self) -> int:
+        return self._engine.spec.block_tokens
+
+    @property
+    def _queued_tokens(self) -> int:
+        try:
+            return self._scheduler.queued_tokens
+        except RuntimeError:  # the loop changed a queue while it was being read
+            return 0
+
+    def _note(self, apply: Callable[[], None]) -> None:
+        with self._news:
+            self._inbox.append(apply)
+            self._news.notify()
+
+    def _note_for(self, sequence_id: str, apply: Callable[[Sequence], None]) -> None:
+        def lookup() -> None:
+            sequence = self._live.get(sequence_id)
+            if sequence:
+                apply(sequence)
+
+        self._note(lookup)
+
+    def _add(self, sequence: Sequence) -> None:
+        self._live[sequence.id] = sequence
+        self._scheduler.add(sequence)
+
+    def _forget_if_done(self, sequence: Sequence) -> None:
+        held = sequence.loading or sequence.exporting
+        if sequence.state is State.FINISHED and not held:
+            self._live.pop(sequence.id, None)
+            with self._news:
+                self._ids.discard(sequence.id)
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        spec, length = self._engine.spec, len(sequence.prompt)
+        most = 0 if sequence.prefill_choices else sequence.params.max_tokens
+        longest = spec.max_context_tokens if most is None else length + most
+        needed = self._scheduler.pages_for(min(longest, spec.max_context_tokens))
+        if needed > spec.num_pages:
+            raise Overloaded(
+                f"the sequence may need {needed} pages and the pool has {spec.num_pages}; "
+                "lower max_tokens or give the worker a larger pool"
+            )
+
+    def _measure(self, chunks: list[Chunk], seconds: float) -> None:
+        tokens = sum(c.count for c in chunks if c.count > 1)
+        if tokens and seconds > 0:
+            rate, old = tokens / seconds, self._prefill_rate
+            self._prefill_rate = rate if not old else old + _RATE_SMOOTHING * (rate - old)
+
+
+def _slice(chunk: Chunk) -> Slice:
+    sequence = chunk.sequence
+    draws: list[Draw] = []
+    if chunk.is_last:
+        choices = range(sequence.prefill_choices) or (sequence.choice,)
+        draws = [
+            Draw(sequence.params, sequence.seed, choice, sequence.prompt, sequence.output)
+            for choice in choices
+        ]
+    return Slice(sequence.tokens(chunk.start, chunk.end), chunk.start, sequence.pages, draws)
+
+
+def _whole_blocks(chunk: Chunk, block: int) -> tuple[int, int]:
+    """The blocks [first, end) that the chunk completes; a prompt's partial last one counts."""
+    return chunk.start // block, -(-chunk.end // block) if chunk.is_last else chunk.end // block
+
+
+def _layers_done(chunks: list[Chunk], block: int) -> LayersDone | None:
+    sinks = [(c.sequence.sink, *_whole_blocks(c, block)) for c in chunks if c.sequence.sink]
+    if not sinks:
+        return None
+
+    def notify(first_layer: int, end_layer: int) -> None:
+        for sink, first_block, end_block in sinks:
+            sink.layers_done(first_block, end_block, first_layer, end_layer)
+
+    return notify

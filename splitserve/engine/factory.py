@@ -1,0 +1,72 @@
+"""Opens an engine from settings: reads the checkpoint, sizes the pool, chooses the backends."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+from splitserve.engine.fake import FakeEngine
+from splitserve.engine.protocol import Engine, EngineSpec
+from splitserve.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is opened with.
+
+    `pool_bytes` is the size of the KV pool. `threads=0` leaves torch's choice. In deterministic
+    mode a sequence's tokens and log-probabilities are the same bits in any batch, chunking,
+    worker and after any interruption, at some cost in speed.
+    """
+
+    kind: Literal["torch", "fake"] = "torch"
+    model: str = ""
+    device: str = "cpu"
+    dtype: str = "auto"
+    pool_bytes: int = 1 << 30
+    block_tokens: int = 16
+    max_context_tokens: int = 0
+    deterministic: bool = False
+    threads: int = 0
+    layer_group: int = 0
+    fake_step_ms: float = 0.0
+
+
+def open_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
+    """Open the engine. Raises `CheckpointError` or `ConfigError`, one line each."""
+    if config.kind == "fake":
+        return _open_fake(config)
+    # Only workers have torch installed; the fake engine must open without it.
+    from splitserve.engine.torch_factory import open_torch_engine
+
+    return open_torch_engine(config, show_progress=show_progress)
+
+
+def _open_fake(config: EngineConfig) -> Engine:
+    layers = 4
+    page = layers * config.block_tokens * 8
+    return FakeEngine(
+        num_pages=max(1, config.pool_bytes // page),
+        num_layers=layers,
+        block_tokens=config.block_tokens,
+        max_context_tokens=config.max_context_tokens or 4096,
+        step_s=config.fake_step_ms / 1000,
+    )
+
+
+def layout_fingerprint(identity: bytes, geometry: str) -> bytes:
+    """Names weights, data type and block geometry together: 32 bytes."""
+    return hashlib.sha256(identity + geometry.encode()).digest()
+
+
+def pages_in(pool_bytes: int, page_bytes: int) -> int:
+    """How many pages a pool has. Raises `ConfigError` if not one fits."""
+    if pool_bytes < page_bytes:
+        raise ConfigError(f"pool_bytes {pool_bytes} is less than one page of {page_bytes} bytes")
+    return pool_bytes // page_bytes
+
+
+__all__ = ["EngineConfig", "EngineSpec", "layout_fingerprint", "open_engine", "pages_in"]

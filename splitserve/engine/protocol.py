@@ -1,0 +1,113 @@
+"""The narrow waist between scheduling and computing.
+
+An engine owns the weights and one pool of KV pages, and runs one forward pass at a time over
+slices of sequences. It knows nothing of requests, leases or gRPC; the scheduler knows nothing of
+tensors. `TorchEngine` computes a model; `FakeEngine` does arithmetic that a reader can check by
+hand, so that every service can be tested for exact tokens without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from splitserve.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What the rest of a worker must know of an engine. Fixed for its life.
+
+    A page holds `block_tokens` tokens of all layers, layer by layer, so that the bytes of layers
+    [a, b) are [a * layer_bytes, b * layer_bytes) of the page. `layer_group` is how many layers
+    are reported at once by `LayersDone`.
+    """
+
+    fingerprint: bytes
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: frozenset[int]
+    num_layers: int
+    layer_group: int
+    block_tokens: int
+    block_bytes: int
+    num_pages: int
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer of one page."""
+        return self.block_bytes // self.num_layers
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token and the natural logarithm of its probability under the raw distribution."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class DrawnToken:
+    """One drawn token. `logprob` and `top` are set if log-probabilities were asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token to draw from a row of logits.
+
+    The draw depends on nothing but the logits, the parameters, the seed, the choice and
+    `len(output)`, so that it is the same on any worker and after any interruption.
+    """
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of one sequence that is computed in one step.
+
+    Computes the KV of `token_ids` at positions [start, start + len(token_ids)), attending to
+    everything before. `pages` covers positions [0, start + len(token_ids)). `draws` are taken
+    from the last position's logits; a chunk that is not its prompt's last has none.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    draws: Sequence[Draw]
+
+
+LayersDone = Callable[[int, int], None]
+"""Called as `layers_done(first, end)` once the whole step's layers [first, end) are in the pool."""
+
+
+class Engine(Protocol):
+    """One model on one device. All methods but `export_page` and `insert_page` are called from
+    one thread; these two may run beside a step as long as they touch no page that it writes.
+    """
+
+    spec: EngineSpec
+
+    def step(
+        self, slices: Sequence[Slice], layers_done: LayersDone | None = None
+    ) -> list[list[DrawnToken]]:
+        """Run one forward pass; return the drawn tokens of each slice, in its draws' order."""
+        ...
+
+    def export_page(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
+        """Copy layers [first_layer, end_layer) of a page into `out`, which has their size."""
+        ...
+
+    def insert_page(self, page: int, content: memoryview) -> None:
+        """Overwrite a whole page with `content` of `block_bytes` bytes."""
+        ...

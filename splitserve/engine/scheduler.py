@@ -1,0 +1,297 @@
+"""Decides what the next step computes.
+
+Sequences join and leave at every step. Those that decode go first, one token each; what is left
+of the step's token budget goes to prompts, in order of arrival, in chunks that end on block
+boundaries (so that a block is always the work of one step). When the pool is full, the youngest
+sequence gives its pages back and is computed again later; it misses nothing, since a sequence is
+its tokens. The scheduler never touches a tensor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from splitserve.engine.protocol import DrawnToken, EngineSpec
+from splitserve.engine.sequence import PageLoad, Sequence, SequenceOutput, State
+from splitserve.kv.keys import chain_keys, child_key, root_key
+from splitserve.kv.pool import PagePool, PoolFull
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next `count` tokens of a sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self.start + self.count
+
+    @property
+    def is_last(self) -> bool:
+        """Whether a token can be drawn after it."""
+        return self.end == self.sequence.num_tokens
+
+
+class Scheduler:
+    """Queues, pages and the plan of each step. Used from one thread."""
+
+    def __init__(
+        self, spec: EngineSpec, pool: PagePool, *, max_batch: int, max_step_tokens: int
+    ) -> None:
+        if max_step_tokens < max_batch + spec.block_tokens:
+            raise ValueError(
+                f"max_step_tokens {max_step_tokens} must be at least max_batch {max_batch} "
+                f"+ block_tokens {spec.block_tokens}, or prompts could starve"
+            )
+        self._spec = spec
+        self._pool = pool
+        self._max_batch = max_batch
+        self._max_step_tokens = max_step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.loading: dict[str, Sequence] = {}
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could make progress without outside news."""
+        return bool(self.running or self.waiting)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that are known and not computed, decode's own next ones aside."""
+        waiting = sum(s.num_uncomputed for s in self.waiting if not s.await_first_token)
+        return waiting + sum(s.num_uncomputed - 1 for s in self.running)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens`."""
+        return -(-num_tokens // self._spec.block_tokens)
+
+    # -- verbs of the loop ---------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Give pages to waiting sequences, oldest first, while there is room."""
+        while self.waiting and len(self.running) + len(self.loading) < self._max_batch:
+            if not self._place(self.waiting[0]):
+                return
+            self._start(self.waiting.popleft())
+
+    def plan(self) -> list[Chunk]:
+        """Choose this step's chunks; every one has its pages."""
+        budget = self._max_step_tokens
+        chunks: list[Chunk] = []
+        for sequence in list(self.running):
+            if sequence.num_uncomputed != 1 or sequence.state is not State.RUNNING:
+                continue
+            if self._grow(sequence):
+                chunks.append(Chunk(sequence, sequence.num_computed, 1))
+                budget -= 1
+        for sequence in self.running:
+            if sequence.num_uncomputed > 1:
+                count = self._chunk_size(sequence, budget)
+                if count == 0:
+                    break
+                chunks.append(Chunk(sequence, sequence.num_computed, count))
+                budget -= count
+        return chunks
+
+    def apply(self, chunk: Chunk, drawn: Seq[DrawnToken]) -> SequenceOutput | None:
+        """Book a computed chunk and its drawn tokens; return what is news to the user."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.end
+        self._register(sequence)
+        if not drawn:
+            return None
+        if not sequence.first_token_ns:
+            sequence.first_token_ns = time.time_ns()
+        if sequence.prefill_choices:
+            return self._finish_prefill(sequence, drawn)
+        return self._append(sequence, drawn[0])
+
+    # -- news from outside ---------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def loaded(self, sequence: Sequence, num_blocks: int) -> None:
+        """The source is done with the pages; the first `num_blocks` it was given are filled."""
+        sequence.loading = False
+        if sequence.state is State.FINISHED:
+            self._free(sequence)
+            return
+        tokens = sequence.num_computed + num_blocks * self._spec.block_tokens
+        sequence.num_computed = min(tokens, len(sequence.prompt))
+        sequence.num_cached = sequence.num_computed
+        self._register(sequence)
+        self._run_if_ready(sequence)
+
+    def first_token(self, sequence: Sequence, token_id: int) -> None:
+        """A prefill worker has drawn the sequence's first token."""
+        sequence.await_first_token = False
+        sequence.output.append(token_id)
+        sequence.first_token_ns = time.time_ns()
+        if sequence.state is State.LOADING:
+            self._run_if_ready(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence wherever it stands; its pages go as soon as nobody fills them."""
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.state is State.LOADING:
+            del self.loading[sequence.id]
+        elif sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+        sequence.state = State.FINISHED
+        if not sequence.loading and not sequence.exporting:
+            self._free(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """The sink is done with the pages of a finished prefill."""
+        sequence.exporting = False
+        if sequence.state is State.FINISHED:
+            self._free(sequence)
+
+    # -- placing -------------------------------------------------------------------------------
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Hold cached pages and allocate the rest for all tokens known, or do nothing.
+
+        One page for each running sequence is left alone, so that a newcomer does not preempt
+        those who are at work.
+        """
+        block = self._spec.block_tokens
+        tokens = sequence.tokens(0, sequence.num_tokens)
+        root = root_key(self._spec.fingerprint, sequence.cache_salt)
+        sequence.keys = chain_keys(root, tokens, block)[: len(tokens) // block]
+        reusable = len(tokens) if sequence.await_first_token else len(tokens) - 1
+        cached = self._pool.match(sequence.keys[: reusable // block])
+        missing = self.pages_for(len(tokens)) - len(cached)
+        reserve = len(self.running) if self.running else 0
+        if missing + reserve > self._pool.num_free:
+            self._pool.free(cached)
+            return False
+        sequence.pages = cached + self._pool.allocate(missing)
+        sequence.num_computed = len(cached) * block
+        sequence.num_registered = len(cached)
+        if not sequence.num_preemptions:
+            sequence.num_cached = sequence.num_computed
+        return True
+
+    def _start(self, sequence: Sequence) -> None:
+        if not sequence.scheduled_ns:
+            sequence.scheduled_ns = time.time_ns()
+        sequence.state = State.LOADING
+        self.loading[sequence.id] = sequence
+        source, sequence.source = sequence.source, None
+        loads = self._loads(sequence) if source else []
+        if source and loads:
+            sequence.loading = True
+            source.load(sequence, loads)
+        else:
+            self._run_if_ready(sequence)
+
+    def _loads(self, sequence: Sequence) -> list[PageLoad]:
+        """The blocks a source may fill: all of the prompt if its first token comes from
+        elsewhere; else full ones, and never the last token, which must be computed to draw.
+        """
+        block, length = self._spec.block_tokens, len(sequence.prompt)
+        drawn_elsewhere = sequence.await_first_token or bool(sequence.output)
+        first = sequence.num_computed // block
+        full = (length if drawn_elsewhere else length - 1) // block
+        loads = [
+            PageLoad(i, sequence.keys[i], sequence.pages[i], block) for i in range(first, full)
+        ]
+        tail = length % block
+        if drawn_elsewhere and tail:
+            parent = sequence.keys[full - 1] if full else self._root(sequence)
+            key = child_key(parent, sequence.prompt[length - tail :])
+            loads.append(PageLoad(full, key, sequence.pages[full], tail))
+        return loads
+
+    def _run_if_ready(self, sequence: Sequence) -> None:
+        if sequence.loading or sequence.await_first_token:
+            return
+        del self.loading[sequence.id]
+        sequence.state = State.RUNNING
+        self.running.append(sequence)
+        if sequence.sink:
+            sequence.exporting = True
+            block = self._spec.block_tokens
+            keys = chain_keys(self._root(sequence), sequence.prompt, block)
+            sequence.sink.begin(keys, tuple(sequence.pages), sequence.num_computed // block)
+
+    def _root(self, sequence: Sequence) -> bytes:
+        return root_key(self._spec.fingerprint, sequence.cache_salt)
+
+    # -- growing and preempting ----------------------------------------------------------------
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make sure the next token has a page; False if the sequence was preempted for lack."""
+        while len(sequence.pages) < self.pages_for(sequence.num_tokens):
+            try:
+                sequence.pages += self._pool.allocate(1)
+            except PoolFull:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.num_computed = 0
+        sequence.state = State.WAITING
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _chunk_size(self, sequence: Sequence, budget: int) -> int:
+        wanted = sequence.num_uncomputed
+        if wanted <= budget:
+            return wanted
+        return max(0, budget - (sequence.num_computed + budget) % self._spec.block_tokens)
+
+    # -- booking -------------------------------------------------------------------------------
+
+    def _register(self, sequence: Sequence) -> None:
+        """Offer every block that is full and computed by now for reuse."""
+        block = self._spec.block_tokens
+        for index in range(sequence.num_registered, sequence.num_computed // block):
+            if index >= len(sequence.keys):
+                parent = sequence.keys[-1] if sequence.keys else self._root(sequence)
+                tokens = sequence.tokens(index * block, (index + 1) * block)
+                sequence.keys.append(child_key(parent, tokens))
+            self._pool.register(sequence.pages[index], sequence.keys[index])
+        sequence.num_registered = max(sequence.num_registered, sequence.num_computed // block)
+
+    def _append(self, sequence: Sequence, token: DrawnToken) -> SequenceOutput:
+        sequence.output.append(token.token_id)
+        length = len(sequence.output)
+        reason = sequence.params.finish_after(token.token_id, length, self._spec.eos_token_ids)
+        if reason:
+            self.remove(sequence)
+        return SequenceOutput(sequence, length - 1, (token,), finish_reason=reason)
+
+    def _finish_prefill(self, sequence: Sequence, drawn: Seq[DrawnToken]) -> SequenceOutput:
+        reasons = tuple(
+            sequence.params.finish_after(t.token_id, 1, self._spec.eos_token_ids) for t in drawn
+        )
+        self.running.remove(sequence)
+        sequence.state = State.FINISHED
+        if not sequence.exporting:
+            self._free(sequence)
+        return SequenceOutput(sequence, 0, tuple(drawn), prefill_done=True, finish_reasons=reasons)
+
+    def _free(self, sequence: Sequence) -> None:
+        pages, sequence.pages = sequence.pages, []
+        self._pool.free(pages)
+        sequence.num_registered = 0

@@ -1,0 +1,150 @@
+"""One output being generated: its tokens, its pages and where it stands."""
+
+from __future__ import annotations
+
+import time
+from collections import abc
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Protocol
+
+from splitserve.engine.protocol import DrawnToken
+from splitserve.errors import SplitserveError
+from splitserve.sampling import FinishReason, SamplingParams
+
+
+class State(Enum):
+    """Where a sequence stands.
+
+    WAITING ──admit──▶ LOADING ──loaded and started──▶ RUNNING ──▶ FINISHED
+       │                                                ▲  │
+       └──────────────admit (nothing to load)───────────┘  └─preempt─▶ WAITING
+    """
+
+    WAITING = auto()
+    LOADING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True)
+class PageLoad:
+    """A block that should be brought into a page: its index in the sequence and its key."""
+
+    index: int
+    key: bytes
+    page: int
+    num_tokens: int
+
+
+class KvSource(Protocol):
+    """Where a sequence's KV comes from when it is not computed here."""
+
+    def load(self, sequence: Sequence, blocks: abc.Sequence[PageLoad]) -> None:
+        """Begin to fill the pages, without waiting. Called on the engine's thread.
+
+        The source must answer with `EngineCore.loaded(sequence_id, num_blocks)` once nothing
+        of it will touch the pages any more; `num_blocks` counts the filled ones from the first
+        without a gap. What was not filled is computed.
+        """
+        ...
+
+
+class KvSink(Protocol):
+    """Where a prefilled sequence's KV goes. All methods are called on the engine's thread and
+    must not wait.
+
+    After `begin` the pages stay as they are, also when the sequence is aborted, until
+    `EngineCore.release(sequence_id)` is called, which must be called once in every case.
+    """
+
+    def begin(
+        self, keys: abc.Sequence[bytes], pages: abc.Sequence[int], num_cached_blocks: int
+    ) -> None:
+        """The prompt's pages are allocated; the first `num_cached_blocks` are filled already."""
+        ...
+
+    def layers_done(
+        self, first_block: int, end_block: int, first_layer: int, end_layer: int
+    ) -> None:
+        """Layers [first_layer, end_layer) of blocks [first_block, end_block) are in their pages."""
+        ...
+
+    def blocks_done(self, first_block: int, end_block: int) -> None:
+        """All layers of the blocks are in their pages."""
+        ...
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One choice of one request on one worker.
+
+    `seed` has been decided by the router. `await_first_token` holds the sequence back until
+    `EngineCore.start` brings the token that a prefill worker drew. `prefill_choices > 0` makes it
+    a prefill: that many first tokens are drawn from the prompt's last position, and the pages
+    are kept until `EngineCore.release`.
+    """
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    choice: int = 0
+    cache_salt: bytes = b""
+    output: list[int] = field(default_factory=list)
+    source: KvSource | None = None
+    sink: KvSink | None = None
+    await_first_token: bool = False
+    prefill_choices: int = 0
+
+    state: State = State.WAITING
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    num_registered: int = 0
+    loading: bool = False
+    exporting: bool = False
+    num_preemptions: int = 0
+    submitted_ns: int = field(default_factory=time.time_ns)
+    scheduled_ns: int = 0
+    first_token_ns: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose KV is not in the pool yet; the last one's step draws the next token."""
+        return self.num_tokens - self.num_computed
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens at positions [start, end)."""
+        split = len(self.prompt)
+        if end <= split:
+            return self.prompt[start:end]
+        return self.prompt[start:split] + self.output[max(0, start - split) : end - split]
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """What one step made of one sequence. Given to `EngineCore`'s listener.
+
+    `tokens` are new, the first at `first_token_index` of the output. A prefill's tokens are the
+    first ones of its choices instead, with `finish_reasons` one for each. Exactly one output of
+    each sequence is its last: it has `finish_reason` or `error` set, or `prefill_done`.
+    """
+
+    sequence: Sequence
+    first_token_index: int
+    tokens: tuple[DrawnToken, ...]
+    finish_reason: FinishReason | None = None
+    error: SplitserveError | None = None
+    prefill_done: bool = False
+    finish_reasons: tuple[FinishReason | None, ...] = ()
+
+
+StepListener = abc.Callable[[int, abc.Sequence[SequenceOutput]], None]
+"""Called on the engine's thread as `listener(step_number, outputs)`. Must not wait."""

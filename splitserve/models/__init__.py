@@ -1,0 +1,1 @@
+"""Model families: one declarative file each over shared layers."""
