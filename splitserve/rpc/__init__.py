@@ -1,0 +1,1 @@
+"""gRPC servers and channels, and the interceptors every service shares."""
