@@ -28,6 +28,7 @@ PagesListener = Callable[[list[bytes], list[bytes]], None]
 """Called on the engine's thread as `listener(added_keys, removed_keys)`. Must not wait."""
 
 _RATE_SMOOTHING = 0.2
+_PAUSE_AFTER_FAULT_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,11 @@ class EngineCore:
             except Exception:
                 self._failed_steps += 1
                 log.exception("the engine loop failed outside a forward pass")
+                self._wait_for_news(timeout_s=_PAUSE_AFTER_FAULT_S)
 
-    def _wait_for_news(self) -> None:
+    def _wait_for_news(self, timeout_s: float | None = None) -> None:
         with self._news:
-            while not self._inbox and not self._stopping:
-                self._news.wait()
+            self._news.wait_for(lambda: self._inbox or self._stopping, timeout_s)
 
     def _read_inbox(self) -> None:
         while self._inbox:

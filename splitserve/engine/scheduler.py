@@ -156,7 +156,7 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """The sink is done with the pages of a finished prefill."""
         sequence.exporting = False
-        if sequence.state is State.FINISHED:
+        if sequence.state is State.FINISHED and not sequence.loading:
             self._free(sequence)
 
     # -- placing -------------------------------------------------------------------------------
@@ -173,7 +173,9 @@ class Scheduler:
         sequence.keys = chain_keys(root, tokens, block)[: len(tokens) // block]
         reusable = len(tokens) if sequence.await_first_token else len(tokens) - 1
         cached = self._pool.match(sequence.keys[: reusable // block])
-        missing = self.pages_for(len(tokens)) - len(cached)
+        # A token drawn elsewhere joins before the first step and needs its place by then.
+        known = len(tokens) + (1 if sequence.await_first_token else 0)
+        missing = self.pages_for(known) - len(cached)
         reserve = len(self.running) if self.running else 0
         if missing + reserve > self._pool.num_free:
             self._pool.free(cached)

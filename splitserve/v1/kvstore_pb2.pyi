@@ -28,14 +28,16 @@ class ConnectRequest(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., kv_layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("epoch", "handle_socket", "arena_bytes")
+    __slots__ = ("epoch", "handle_socket", "arena_bytes", "advertised_address")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HANDLE_SOCKET_FIELD_NUMBER: _ClassVar[int]
     ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADVERTISED_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     handle_socket: str
     arena_bytes: int
-    def __init__(self, epoch: _Optional[int] = ..., handle_socket: _Optional[str] = ..., arena_bytes: _Optional[int] = ...) -> None: ...
+    advertised_address: str
+    def __init__(self, epoch: _Optional[int] = ..., handle_socket: _Optional[str] = ..., arena_bytes: _Optional[int] = ..., advertised_address: _Optional[str] = ...) -> None: ...
 
 class GrantLeaseRequest(_message.Message):
     __slots__ = ("owner", "ttl_ms")

@@ -1,5 +1,6 @@
 """The loop on the fake engine: every token is the one that arithmetic says."""
 
+import struct
 import threading
 from collections import abc
 
@@ -322,3 +323,27 @@ def test_thread_serves_and_stops(make_bench: MakeBench) -> None:
     assert done.wait(10)
     core.stop()
     assert not any(t.name == "engine" for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("num_loaded", [0, 1, 2])
+def test_prompt_that_fills_its_last_block_has_room_for_its_first_token(
+    make_bench: MakeBench, num_loaded: int
+) -> None:
+    prompt = PROMPT[:32]
+    first, *rest = expected_tokens(prompt, 6)
+    bench, source = make_bench(num_pages=4), Source()
+    bench.submit("d", prompt, count=6, source=source, await_first_token=True)
+    bench.run()
+    for block in source.blocks[:num_loaded]:
+        page = [
+            entry
+            for i in range(16)
+            for entry in (prompt[block.index * 16 + i] + 1, block.index * 16 + i)
+        ]
+        content = struct.pack("<32I", *page) * 4
+        bench.engine.insert_page(block.page, memoryview(content))
+    bench.core.loaded("d", num_loaded)
+    bench.core.first_token("d", first)
+    bench.run()
+    assert bench.tokens["d"] == rest
+    assert not bench.outputs[-1].error

@@ -1,0 +1,306 @@
+"""The blocks of the store: set aside, committed, held, at rest.
+
+    absent --reserve--> reserved --commit--> committed, held --last hold ends--> at rest
+      ^                    |                     ^                                 |
+      |<--abandon, writer's lease ends           |<------------- hold -------------|
+      |<----------------------------- evict, least recently used first ------------|
+
+Invariants:
+* a block has exactly one extent of the space, and no extent is in two blocks;
+* a reserved block has a writer, which is one of its holders; a committed one has a digest;
+* a block is at rest if and only if it is committed and nobody holds it, and only such a block is
+  evicted;
+* partial blocks never rest: no other prompt can have their key but the very same one, so they are
+  dropped with their last hold.
+
+The table knows nothing of time to live, sockets or tasks; it is told of leases that end.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from services.kvstore.space import Extent, Space, round_up
+from splitserve.errors import BlockNotFound, InvalidRequest, LeaseEnded, Overloaded
+from splitserve.kv.layout import WRITE_GRACE_S, BlockSpec
+
+
+class ReserveOutcome(Enum):
+    """What became of one block of a reservation."""
+
+    WRITE = "write"
+    PRESENT = "present"
+    BEING_WRITTEN = "being written"
+
+
+@dataclass(slots=True)
+class Block:
+    """One block. `writer` is set while it is reserved, `digest` once it is committed."""
+
+    key: bytes
+    extent: Extent
+    size_bytes: int
+    num_tokens: int
+    may_rest: bool
+    writer: str | None
+    digest: bytes = b""
+    holders: set[str] = field(default_factory=set)
+
+    @property
+    def committed(self) -> bool:
+        """Whether readers may see it."""
+        return self.writer is None
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """The answer for one block: what to do, and where in the arena it is."""
+
+    outcome: ReserveOutcome
+    block: Block
+
+
+BlockListener = Callable[[Block], None]
+
+
+def _ignore(block: Block) -> None:
+    """Tells nobody."""
+
+
+class BlockTable:
+    """All blocks of one arena. Every method is atomic: it raises before it changes anything.
+
+    `may_rest` tells whether a block is worth keeping when nobody holds it. `on_committed` and
+    `on_dropped` are called after a block became visible and after it left the table.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        clock: Callable[[], float],
+        may_rest: Callable[[BlockSpec], bool],
+        on_committed: BlockListener = _ignore,
+        on_dropped: BlockListener = _ignore,
+    ) -> None:
+        self._space = space
+        self._clock = clock
+        self._may_rest = may_rest
+        self._on_committed = on_committed
+        self._on_dropped = on_dropped
+        self._blocks: dict[bytes, Block] = {}
+        # Insertion order is the order a lease came to hold them in: a prompt's, front to back.
+        self._held_by: dict[str, dict[bytes, None]] = {}
+        self._resting: OrderedDict[bytes, Block] = OrderedDict()
+        self._resting_bytes = 0
+        # (when it may be reused, extent), in order of time.
+        self._quarantine: deque[tuple[float, Extent]] = deque()
+        self.num_reserved = 0
+        self.num_evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks.values())
+
+    @property
+    def num_committed(self) -> int:
+        """Committed blocks, held or at rest."""
+        return len(self._blocks) - self.num_reserved
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that a live lease holds; reserved ones are held by their writer."""
+        return len(self._blocks) - len(self._resting)
+
+    def reserve(self, lease_id: str, specs: Sequence[BlockSpec]) -> list[Reserved]:
+        """Sets space aside for what is absent and holds the rest, all or nothing.
+
+        A block that this lease reserved before is answered WRITE again, at the same place: the
+        work was handed to another worker after the first was lost.
+
+        Raises Overloaded if the space is held, InvalidRequest if specs contradict each other or
+        an earlier reservation.
+        """
+        self._check_specs(lease_id, specs)
+        absent = [spec for spec in specs if spec.key not in self._blocks]
+        # Blocks asked for that are at rest must not be evicted to make room for the others.
+        pinned = [spec.key for spec in specs if spec.key in self._resting]
+        extents = iter(self._allocate([spec.size_bytes for spec in absent], keep=set(pinned)))
+        answers = []
+        for spec in specs:
+            block = self._blocks.get(spec.key)
+            if block is None:
+                answers.append(
+                    Reserved(ReserveOutcome.WRITE, self._add(lease_id, spec, next(extents)))
+                )
+                continue
+            self._hold(lease_id, block)
+            if block.committed:
+                answers.append(Reserved(ReserveOutcome.PRESENT, block))
+            elif block.writer == lease_id:
+                answers.append(Reserved(ReserveOutcome.WRITE, block))
+            else:
+                answers.append(Reserved(ReserveOutcome.BEING_WRITTEN, block))
+        return answers
+
+    def writable(self, lease_id: str, key: bytes) -> Block:
+        """The block, if it is reserved under the lease. Raises LeaseEnded."""
+        block = self._blocks.get(key)
+        if block is None or block.writer != lease_id:
+            raise LeaseEnded(f"block {key.hex()[:16]} is not reserved under the lease")
+        return block
+
+    def commit(self, lease_id: str, digests: Sequence[tuple[bytes, bytes]]) -> None:
+        """Makes reserved blocks visible, all or none. Committing one again with the same digest
+        is no error. Raises LeaseEnded if one is not reserved under the lease.
+        """
+        fresh: dict[bytes, tuple[Block, bytes]] = {}
+        for key, digest in digests:
+            block = self._blocks.get(key)
+            again = block is not None and block.committed and lease_id in block.holders
+            if again and block is not None and block.digest == digest:
+                continue
+            fresh[key] = (self.writable(lease_id, key), digest)
+        for block, digest in fresh.values():
+            block.writer, block.digest = None, digest
+            self.num_reserved -= 1
+            self._on_committed(block)
+
+    def abandon(self, lease_id: str, keys: Iterable[bytes]) -> None:
+        """Drops those of `keys` that are reserved under the lease."""
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is not None and block.writer == lease_id:
+                self._drop(block)
+
+    def hold(self, lease_id: str, key: bytes) -> Block | None:
+        """Holds a block for the lease, reserved or committed. None: there is no such block."""
+        block = self._blocks.get(key)
+        if block is not None:
+            self._hold(lease_id, block)
+        return block
+
+    def readable(self, lease_id: str, key: bytes) -> Block:
+        """A committed block that the lease holds. Raises BlockNotFound."""
+        block = self._blocks.get(key)
+        if block is None or not block.committed or lease_id not in block.holders:
+            raise BlockNotFound(f"block {key.hex()[:16]} is not held by the lease")
+        return block
+
+    def end_lease(self, lease_id: str) -> None:
+        """Drops what the lease was writing and lets go of what it held.
+
+        Back to front, so that of one prompt the tail is evicted before the prefix it hangs on.
+        """
+        for key in reversed(self._held_by.pop(lease_id, {})):
+            block = self._blocks[key]
+            block.holders.discard(lease_id)
+            if block.writer == lease_id:
+                self._drop(block)
+            elif not block.holders:
+                self._rest(block)
+
+    def reclaim(self) -> None:
+        """Frees quarantined space whose grace is over."""
+        now = self._clock()
+        while self._quarantine and self._quarantine[0][0] <= now:
+            self._space.release(self._quarantine.popleft()[1])
+
+    def prefix_length(self, keys: Sequence[bytes]) -> int:
+        """How many of a chain's blocks are committed here, counted from the first."""
+        for count, key in enumerate(keys):
+            block = self._blocks.get(key)
+            if block is None or not block.committed:
+                return count
+        return len(keys)
+
+    def _check_specs(self, lease_id: str, specs: Sequence[BlockSpec]) -> None:
+        if len({spec.key for spec in specs}) != len(specs):
+            raise InvalidRequest.single("blocks", "a key is named twice")
+        for spec in specs:
+            if spec.size_bytes > self._space.arena_bytes:
+                raise InvalidRequest.single("blocks.size_bytes", "larger than the store")
+            block = self._blocks.get(spec.key)
+            if (
+                block is not None
+                and block.writer == lease_id
+                and block.size_bytes != spec.size_bytes
+            ):
+                raise InvalidRequest.single("blocks.size_bytes", "differs from the reservation")
+
+    def _allocate(self, sizes: Sequence[int], keep: set[bytes]) -> list[Extent]:
+        """One extent for each size, evicting what is needed; Overloaded and nothing otherwise."""
+        needed = sum(map(round_up, sizes))
+        kept = sum(self._blocks[key].extent.size_bytes for key in keep)
+        # Checked first, so that a request that cannot be met costs no cached block.
+        if needed > self._space.free_bytes + self._resting_bytes - kept:
+            raise self._no_room(needed)
+        extents: list[Extent] = []
+        for size in sizes:
+            extent = self._space.allocate(size)
+            while extent is None:
+                if not self._evict_one(keep):
+                    for taken in extents:
+                        self._space.release(taken)
+                    raise self._no_room(needed)
+                extent = self._space.allocate(size)
+            extents.append(extent)
+        return extents
+
+    def _no_room(self, needed: int) -> Overloaded:
+        return Overloaded(
+            f"{needed} bytes wanted, {self._space.free_bytes} free, "
+            f"{self._resting_bytes} at rest of {self._space.arena_bytes}",
+            retry_after_s=WRITE_GRACE_S,
+        )
+
+    def _evict_one(self, keep: set[bytes]) -> bool:
+        victim = next((block for key, block in self._resting.items() if key not in keep), None)
+        if victim is None:
+            return False
+        self.num_evicted += 1
+        self._drop(victim)
+        return True
+
+    def _add(self, lease_id: str, spec: BlockSpec, extent: Extent) -> Block:
+        block = Block(
+            spec.key, extent, spec.size_bytes, spec.num_tokens, self._may_rest(spec), lease_id
+        )
+        self._blocks[spec.key] = block
+        self.num_reserved += 1
+        self._hold(lease_id, block)
+        return block
+
+    def _hold(self, lease_id: str, block: Block) -> None:
+        if self._resting.pop(block.key, None) is not None:
+            self._resting_bytes -= block.extent.size_bytes
+        block.holders.add(lease_id)
+        self._held_by.setdefault(lease_id, {})[block.key] = None
+
+    def _rest(self, block: Block) -> None:
+        if not block.may_rest:
+            self._drop(block)
+            return
+        self._resting[block.key] = block
+        self._resting_bytes += block.extent.size_bytes
+
+    def _drop(self, block: Block) -> None:
+        """Takes a block out of the table and gives its space back, at once or after the grace."""
+        del self._blocks[block.key]
+        if self._resting.pop(block.key, None) is not None:
+            self._resting_bytes -= block.extent.size_bytes
+        for lease_id in block.holders:
+            self._held_by.get(lease_id, {}).pop(block.key, None)
+        if block.committed:
+            self._space.release(block.extent)
+        else:
+            # Its writer may be in the middle of a copy that it began while the lease was live.
+            # Nobody else gets the space until that copy must be over (see WRITE_GRACE_S).
+            self.num_reserved -= 1
+            self._quarantine.append((self._clock() + WRITE_GRACE_S, block.extent))
+        self._on_dropped(block)

@@ -1,0 +1,1 @@
+"""The ways a KV block travels between a worker and the store."""
