@@ -92,7 +92,9 @@ class SamplingParams:
         stops_fit = all(0 < len(s.encode()) <= MAX_STOP_BYTES for s in self.stop)
         ids_fit = all(0 <= t < limits.vocab_size for t in self.stop_token_ids)
         most = limits.max_tokens
-        length = most if self.max_tokens is None else self.max_tokens
+        asked = self.max_tokens
+        # One fault in max_tokens must not be told as two.
+        length = asked if asked is not None and 1 <= asked <= most else most
         return [
             ("temperature", self.temperature, _within(self.temperature, 0, 1e6), "finite and >= 0"),
             ("top_p", self.top_p, _within(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
@@ -146,7 +148,7 @@ class SamplingParams:
                 ids_fit,
                 f"tokens below the vocabulary size {limits.vocab_size}",
             ),
-            ("max_tokens", self.max_tokens, 1 <= length <= most, f"in [1, {most}]"),
+            ("max_tokens", asked, asked is None or 1 <= asked <= most, f"in [1, {most}]"),
             (
                 "min_tokens",
                 self.min_tokens,

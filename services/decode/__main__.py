@@ -1,0 +1,60 @@
+"""The decode service: `python -m services.decode --help`. The only wiring."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from services.decode.config import DecodeConfig
+from services.decode.recorder import Recorder
+from services.decode.service import DecodeService
+from services.decode.session import Bench
+from services.decode.submission import Submission
+from splitserve.config import run_main
+from splitserve.v1 import decode_pb2, decode_pb2_grpc
+from splitserve.worker.block_loader import BlockLoader
+from splitserve.worker.process import Worker, open_worker
+
+SERVICE_NAME: str = decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name
+
+LONGEST_LOAD_S = 600.0
+"""For a request without a deadline; its lease ends long before, unless its router lives."""
+
+
+async def serve(config: DecodeConfig) -> None:
+    """Run the service until it is told to stop."""
+    async with open_worker("decode", config, prefill=False) as worker:
+        bench = Bench(
+            core=worker.core,
+            relay=worker.relay,
+            recorder=Recorder(worker.tracing, worker.metrics, worker.worker_id),
+            limits=worker.limits,
+            eos_token_ids=worker.engine.spec.eos_token_ids,
+            open_loader=lambda submission: _loader(worker, submission),
+            serials=count(),
+        )
+        service = DecodeService(bench, max_pending_tokens=config.max_pending_tokens)
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(service, worker.server.grpc)  # type: ignore[no-untyped-call]
+        await worker.run(SERVICE_NAME, service.drain)
+
+
+def _loader(worker: Worker, submission: Submission) -> BlockLoader | None:
+    """Where the prompt's KV comes from; None if this worker computes it.
+
+    For a resumed request nobody writes any more: only what the store has already is loaded.
+    """
+    if submission.lease is None:
+        return None
+    return BlockLoader(
+        submission.lease,
+        open_store=worker.stores.open,
+        insert_page=worker.engine.insert_page,
+        loaded=worker.core.loaded,
+        block_bytes=worker.engine.spec.block_bytes,
+        wait_for_writer=not submission.resumed,
+        timeout_s=submission.deadline_s or LONGEST_LOAD_S,
+        copier=worker.copier,
+    )
+
+
+if __name__ == "__main__":
+    run_main(DecodeConfig, serve)

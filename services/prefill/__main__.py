@@ -1,0 +1,36 @@
+"""The prefill service: `python -m services.prefill --help`. The only wiring."""
+
+from __future__ import annotations
+
+from services.prefill.config import PrefillConfig
+from services.prefill.recorder import Recorder
+from services.prefill.service import Bench, PrefillService
+from splitserve.config import run_main
+from splitserve.v1 import prefill_pb2, prefill_pb2_grpc
+from splitserve.worker.process import open_worker
+
+SERVICE_NAME: str = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name
+
+
+async def serve(config: PrefillConfig) -> None:
+    """Run the service until it is told to stop."""
+    async with open_worker("prefill", config, prefill=True) as worker:
+        bench = Bench(
+            core=worker.core,
+            relay=worker.relay,
+            recorder=Recorder(worker.tracing, worker.metrics, worker.worker_id),
+            spec=worker.engine.spec,
+            limits=worker.limits,
+            export_page=worker.engine.export_page,
+            insert_page=worker.engine.insert_page,
+            open_store=worker.stores.open,
+            copier=worker.copier,
+            load_prefixes=not config.skip_prefix_cache,
+        )
+        service = PrefillService(bench)
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(service, worker.server.grpc)  # type: ignore[no-untyped-call]
+        await worker.run(SERVICE_NAME, service.drain)
+
+
+if __name__ == "__main__":
+    run_main(PrefillConfig, serve)

@@ -1,0 +1,1 @@
+"""What prefill and decode workers share: outputs, stores, readiness, state, the process."""

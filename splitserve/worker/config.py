@@ -1,0 +1,92 @@
+"""Settings that prefill and decode workers share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from splitserve.config import ServiceConfig
+from splitserve.engine.core import CoreConfig
+from splitserve.engine.factory import EngineConfig
+from splitserve.errors import ConfigError
+
+
+class WorkerConfig(ServiceConfig):
+    """Engine, KV pool, store connection and batching of one worker."""
+
+    engine: Literal["torch", "fake"] = Field(
+        "torch", description="torch computes a model; fake does arithmetic, for tests"
+    )
+    model: str = Field("", description="checkpoint: a Hugging Face directory or a GGUF file")
+    model_name: str = Field("", description="name the model is served under; default: its file's")
+    device: str = Field("cpu", description="where the model runs: cpu or cuda")
+    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
+    max_context_tokens: int = Field(0, ge=0, description="longest context; 0: the model's own")
+    kvstore: str = Field("127.0.0.1:50054", description="HOST:PORT of this node's KV store")
+    transport: Literal["auto", "shm", "grpc"] = Field(
+        "auto", description="how KV blocks travel; auto takes shared memory where it can"
+    )
+    pool_bytes: int = Field(1 << 30, ge=1, description="bytes of the KV pool")
+    block_tokens: int = Field(16, ge=1, le=1024, description="tokens of one KV block")
+    max_batch: int = Field(64, ge=1, le=4096, description="most sequences in one step")
+    max_step_tokens: int = Field(512, ge=2, description="most tokens computed in one step")
+    max_queue: int = Field(4096, ge=1, description="most sequences accepted and not finished")
+    deterministic: bool = Field(
+        False, description="the same tokens and log-probabilities, bit by bit, in any batch"
+    )
+    threads: int = Field(0, ge=0, description="threads of the engine; 0: its own choice")
+    nice: int = Field(0, ge=0, le=19, description="how far to step back for other processes")
+    skip_prefix_cache: bool = Field(
+        False, description="compute every prompt, whatever pool and store have of it"
+    )
+    worker_id: str = Field("", description="unique to this run of the process; default: random")
+    stuck_after_s: float = Field(
+        20.0, gt=0, description="seconds one step may take before the worker is not ready"
+    )
+    fake_step_ms: float = Field(0.0, ge=0, description="length of a step of the fake engine")
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> WorkerConfig:
+        if self.engine == "torch" and not self.model:
+            raise ConfigError("SPLITSERVE_MODEL (--model): name a checkpoint to serve")
+        if self.max_step_tokens < self.max_batch + self.block_tokens:
+            raise ConfigError(
+                "SPLITSERVE_MAX_STEP_TOKENS (--max-step-tokens): must be at least "
+                f"--max-batch + --block-tokens = {self.max_batch + self.block_tokens}, "
+                f"not {self.max_step_tokens}"
+            )
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """The name that clients ask for."""
+        if self.model_name:
+            return self.model_name
+        return self.model.rstrip("/").rsplit("/", 1)[-1] or "fake"
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """What the engine is opened with."""
+        return EngineConfig(
+            kind=self.engine,
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            pool_bytes=self.pool_bytes,
+            block_tokens=self.block_tokens,
+            max_context_tokens=self.max_context_tokens,
+            deterministic=self.deterministic,
+            threads=self.threads,
+            fake_step_ms=self.fake_step_ms,
+        )
+
+    @property
+    def core_config(self) -> CoreConfig:
+        """Sizes of the engine's loop."""
+        return CoreConfig(
+            max_batch=self.max_batch,
+            max_step_tokens=self.max_step_tokens,
+            max_queue=self.max_queue,
+            reuse_prefixes=not self.skip_prefix_cache,
+        )

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+
+from services.prefill.hand_over import HandOver
+from splitserve.engine.fake import FakeEngine
+from splitserve.errors import LeaseEnded, Overloaded, SplitserveError
+from splitserve.kv.codec import block_digest
+from splitserve.kv.copier import Copier
+from splitserve.kv.layout import BlockSpec, KvLayout, Lease, Reservation, ReservationState
+
+SPEC = FakeEngine(num_pages=8, block_tokens=4).spec
+LAYOUT = KvLayout(SPEC.fingerprint, SPEC.block_tokens, SPEC.block_bytes)
+LEASE = Lease("lease", 1, "store:1")
+KEYS = [bytes([k]) * 32 for k in range(3)]
+PAGES = [5, 2, 7]
+WRITE, PRESENT = ReservationState.WRITE, ReservationState.PRESENT
+
+
+class StubStore:
+    """Keeps what is written. `gate` holds back the answer to `reserve`."""
+
+    layout = LAYOUT
+    transport_name = "stub"
+
+    def __init__(self) -> None:
+        self.states = dict.fromkeys(KEYS, WRITE)
+        self.specs: list[BlockSpec] = []
+        self.content = {key: bytearray(SPEC.block_bytes) for key in KEYS}
+        self.parts: list[tuple[bytes, int, int]] = []
+        self.committed: dict[bytes, bytes] = {}
+        self.abandoned: list[bytes] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fault: dict[str, SplitserveError] = {}
+
+    async def reserve(self, lease: Lease, blocks: Sequence[BlockSpec]) -> list[Reservation]:
+        await self.gate.wait()
+        self._fail("reserve")
+        self.specs = list(blocks)
+        return [Reservation(self.states[b.key], 0, b.size_bytes) for b in blocks]
+
+    async def write(
+        self, lease: Lease, key: bytes, reservation: Reservation, offset: int, data: memoryview
+    ) -> None:
+        assert reservation.must_write
+        self._fail("write")
+        self.parts.append((key, offset, data.nbytes))
+        self.content[key][offset : offset + data.nbytes] = data
+
+    async def commit(self, lease: Lease, blocks: Iterable[tuple[bytes, bytes]]) -> None:
+        self._fail("commit")
+        self.committed.update(blocks)
+
+    async def abandon(self, lease: Lease, keys: Iterable[bytes]) -> None:
+        self.abandoned += keys
+
+    def _fail(self, method: str) -> None:
+        if method in self.fault:
+            raise self.fault[method]
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.store = StubStore()
+        self.copier = Copier(1)
+        self.exports: list[tuple[int, int, int]] = []
+        self.hand_over = HandOver(
+            LEASE,
+            prompt_tokens=10,
+            spec=SPEC,
+            export_page=self.export_page,
+            open_store=self.open_store,
+            copier=self.copier,
+        )
+
+    async def open_store(self, lease: Lease) -> StubStore:
+        self.store._fail("open")
+        return self.store
+
+    def export_page(self, page: int, first: int, end: int, out: memoryview) -> None:
+        self.exports.append((page, first, end))
+        layer = SPEC.layer_bytes
+        out[:] = page_content(page)[first * layer : end * layer]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    async def finish(self) -> None:
+        await asyncio.sleep(0)  # what was posted from the engine's thread runs first
+        self.hand_over.complete()
+        await asyncio.wait_for(self.hand_over.ended(), 5)
+
+
+def page_content(page: int) -> bytes:
+    return bytes((page * 31 + i) % 251 for i in range(SPEC.block_bytes))
+
+
+def digest_of(index: int) -> bytes:
+    tokens = 2 if index == 2 else 4
+    return block_digest(KEYS[index], tokens, LAYOUT.fingerprint, page_content(PAGES[index]))
+
+
+@pytest.fixture
+async def rig():
+    made = Rig()
+    yield made
+    made.copier.close()
+
+
+async def test_layers_are_written_while_later_ones_are_computed(rig: Rig) -> None:
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.layers_done(0, 2, 0, 2)
+    half = 2 * SPEC.layer_bytes
+    await rig.until(lambda: len(rig.store.parts) == 2)
+    assert rig.store.parts == [(KEYS[0], 0, half), (KEYS[1], 0, half)]
+    assert rig.store.committed == {}
+    rig.hand_over.layers_done(0, 2, 2, 4)
+    await rig.until(lambda: len(rig.store.committed) == 2)
+    rig.hand_over.layers_done(2, 3, 0, 2)
+    rig.hand_over.layers_done(2, 3, 2, 4)
+    rig.hand_over.blocks_done(2, 3)
+    await rig.finish()
+    assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
+    assert [bytes(rig.store.content[key]) for key in KEYS] == [page_content(p) for p in PAGES]
+    assert [spec.num_tokens for spec in rig.store.specs] == [4, 4, 2]
+    assert rig.store.abandoned == []
+    stats = rig.hand_over.stats
+    assert (stats.num_blocks, stats.num_bytes) == (3, 3 * SPEC.block_bytes)
+
+
+async def test_what_is_ready_before_the_reservation_is_kept(rig: Rig) -> None:
+    rig.store.gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 1)
+    for first in (0, 2):
+        rig.hand_over.layers_done(1, 3, first, first + 2)
+    await asyncio.sleep(0)
+    rig.hand_over.complete()
+    assert rig.exports == []
+    rig.store.gate.set()
+    await rig.finish()
+    assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
+    assert rig.exports == [(page, 0, 4) for page in PAGES]
+
+
+async def test_blocks_of_others_are_left_to_them(rig: Rig) -> None:
+    rig.store.states[KEYS[0]] = PRESENT
+    rig.store.states[KEYS[2]] = ReservationState.BEING_WRITTEN
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.blocks_done(0, 3)
+    await rig.finish()
+    assert rig.store.committed == {KEYS[1]: digest_of(1)}
+    assert rig.store.abandoned == []
+    assert rig.hand_over.stats.num_present == 2
+
+
+async def test_cancel_abandons_what_is_not_committed(rig: Rig) -> None:
+    rig.hand_over.begin(KEYS, PAGES, 1)
+    await rig.until(lambda: KEYS[0] in rig.store.committed)
+    rig.hand_over.layers_done(1, 2, 0, 2)
+    await rig.until(lambda: len(rig.store.parts) == 2)
+    rig.hand_over.cancel()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    rig.hand_over.blocks_done(1, 3)
+    await asyncio.sleep(0)
+    assert rig.store.committed == {KEYS[0]: digest_of(0)}
+    assert rig.store.abandoned == [KEYS[1], KEYS[2]]
+
+
+async def test_cancel_before_the_beginning(rig: Rig) -> None:
+    rig.hand_over.cancel()
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.finish()
+    assert rig.store.specs == []
+
+
+@pytest.mark.parametrize("method", ["open", "reserve", "write", "commit"])
+async def test_a_fault_of_the_store_ends_the_hand_over_only(rig: Rig, method: str) -> None:
+    fault = Overloaded("full") if method == "reserve" else LeaseEnded("over")
+    rig.store.fault[method] = fault
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.blocks_done(0, 3)
+    await rig.finish()
+    assert rig.store.committed == {}
+    assert rig.hand_over.stats.error is fault
+    reserved = method in ("write", "commit")
+    assert rig.store.abandoned == (KEYS if reserved else [])

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from splitserve.engine.sequence import PageLoad, Sequence
+from splitserve.errors import BlockCorrupt, LeaseEnded
+from splitserve.kv.copier import Copier
+from splitserve.kv.layout import Lease, ReadableBlock
+from splitserve.sampling import SamplingParams
+from splitserve.worker.block_loader import BlockLoader
+
+SIZE = 8
+LEASE = Lease("lease", 1, "store:1")
+
+
+class StubStore:
+    """Decides blocks when told to; a block's content is its key, repeated."""
+
+    transport_name = "stub"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[bytes], bool]] = []
+        self.reads: list[bytes] = []
+        self.corrupt: set[bytes] = set()
+        self.decided: asyncio.Queue[tuple[list[bytes], list[bytes]] | Exception] = asyncio.Queue()
+        self.open_streams = 0
+
+    async def await_blocks(
+        self, lease: Lease, keys: list[bytes], wait_for_writer: bool, *, timeout_s: float
+    ) -> AsyncIterator[tuple[list[ReadableBlock], list[bytes]]]:
+        assert lease == LEASE
+        self.asked.append((list(keys), wait_for_writer))
+        undecided, self.open_streams = set(keys), self.open_streams + 1
+        try:
+            while undecided:
+                news = await self.decided.get()
+                if isinstance(news, Exception):
+                    raise news
+                undecided -= {*news[0], *news[1]}
+                yield [ReadableBlock(key, 0, SIZE, b"", 4) for key in news[0]], news[1]
+        finally:
+            self.open_streams -= 1
+
+    async def read(self, lease: Lease, block: ReadableBlock, out: memoryview) -> None:
+        self.reads.append(block.key)
+        if block.key in self.corrupt:
+            raise BlockCorrupt("flipped")
+        out[:] = block.key * SIZE
+
+
+class Rig:
+    def __init__(self, *, wait_for_writer: bool = True) -> None:
+        self.store = StubStore()
+        self.pages: dict[int, bytes] = {}
+        self.answers: dict[str, int] = {}
+        self.answered = asyncio.Condition()
+        self.copier = Copier(1)
+        self.loader = BlockLoader(
+            LEASE,
+            open_store=self.open_store,
+            insert_page=lambda page, content: self.pages.update({page: bytes(content)}),
+            loaded=self.loaded,
+            block_bytes=SIZE,
+            wait_for_writer=wait_for_writer,
+            timeout_s=5.0,
+            copier=self.copier,
+        )
+
+    async def open_store(self, lease: Lease) -> StubStore:
+        return self.store
+
+    def loaded(self, sequence_id: str, num_blocks: int) -> None:
+        assert sequence_id not in self.answers, "the core is told once"
+        self.answers[sequence_id] = num_blocks
+
+    def load(self, sequence_id: str, keys: bytes, first_page: int) -> None:
+        sequence = Sequence(sequence_id, [1], SamplingParams(), 0)
+        blocks = [PageLoad(k - 97, bytes([k]), first_page + i, 4) for i, k in enumerate(keys)]
+        self.loader.load(sequence, blocks)
+
+    async def answer(self, sequence_id: str) -> int:
+        async with asyncio.timeout(5):
+            while sequence_id not in self.answers:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        return self.answers[sequence_id]
+
+    async def asked(self, count: int) -> None:
+        async with asyncio.timeout(5):
+            while len(self.store.asked) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def rig():
+    made = Rig()
+    yield made
+    made.copier.close()
+    assert made.store.open_streams == 0
+
+
+async def test_blocks_go_to_their_pages_as_they_come(rig: Rig) -> None:
+    rig.load("s", b"abc", 10)
+    rig.store.decided.put_nowait(([b"b"], []))  # early: it waits for the one before it
+    rig.store.decided.put_nowait(([b"a"], []))
+    rig.store.decided.put_nowait(([b"c"], []))
+    assert await rig.answer("s") == 3
+    assert rig.pages == {10: b"a" * SIZE, 11: b"b" * SIZE, 12: b"c" * SIZE}
+    assert rig.store.reads == [b"a", b"b", b"c"]
+    assert (rig.loader.stats.num_blocks, rig.loader.stats.num_bytes) == (3, 3 * SIZE)
+
+
+async def test_choices_share_each_read(rig: Rig) -> None:
+    rig.load("s0", b"abc", 10)
+    rig.load("s1", b"bc", 20)  # it has the first block already
+    await rig.asked(1)
+    rig.store.decided.put_nowait(([b"a", b"b", b"c"], []))
+    assert await rig.answer("s0") == 3
+    assert await rig.answer("s1") == 2
+    assert rig.store.reads == [b"a", b"b", b"c"]
+    assert rig.pages[20] == b"b" * SIZE
+    assert rig.pages[12] == rig.pages[21] == b"c" * SIZE
+
+
+async def test_a_choice_that_comes_late_reads_again(rig: Rig) -> None:
+    rig.load("s0", b"ab", 10)
+    rig.store.decided.put_nowait(([b"a"], []))
+    async with asyncio.timeout(5):
+        while 10 not in rig.pages:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    rig.load("s1", b"ab", 20)
+    await rig.asked(2)
+    rig.store.decided.put_nowait(([b"b"], []))
+    rig.store.decided.put_nowait(([b"a", b"b"], []))
+    assert await rig.answer("s0") == 2
+    assert await rig.answer("s1") == 2
+    assert rig.pages[20] == b"a" * SIZE
+
+
+@pytest.mark.parametrize("fault", ["missing", "corrupt", "lease", "size"])
+async def test_a_gap_ends_the_load(rig: Rig, fault: str, monkeypatch) -> None:
+    if fault == "corrupt":
+        rig.store.corrupt.add(b"b")
+    if fault == "size":
+        monkeypatch.setattr(ReadableBlock, "size_bytes", property(lambda b: 4), raising=False)
+    rig.load("s", b"abc", 10)
+    if fault == "missing":
+        rig.loader.prefill_done()
+        rig.store.decided.put_nowait(([b"a", b"c"], [b"b"]))
+    elif fault == "lease":
+        rig.store.decided.put_nowait(([b"a"], []))
+        rig.store.decided.put_nowait(LeaseEnded("over"))
+    else:
+        rig.store.decided.put_nowait(([b"a", b"b", b"c"], []))
+    assert await rig.answer("s") == (0 if fault == "size" else 1)
+    assert 11 not in rig.pages
+
+
+async def test_after_the_prefill_only_what_is_reserved_is_awaited(rig: Rig) -> None:
+    rig.load("s", b"ab", 10)
+    rig.store.decided.put_nowait(([b"a"], []))
+    await rig.asked(1)
+    rig.loader.prefill_done()
+    await rig.asked(2)
+    assert rig.store.asked == [([b"a", b"b"], True), ([b"b"], False)]
+    rig.store.decided.put_nowait(([], [b"b"]))
+    assert await rig.answer("s") == 1
+
+
+async def test_a_load_that_begins_after_the_prefill_still_waits_a_little(rig: Rig) -> None:
+    rig.loader.prefill_done()
+    rig.load("s", b"a", 10)
+    await rig.asked(1)
+    assert rig.store.asked == [([b"a"], True)]
+    rig.store.decided.put_nowait(([b"a"], []))
+    assert await rig.answer("s") == 1
+
+
+async def test_what_one_prefill_gave_up_another_may_write(rig: Rig) -> None:
+    rig.load("s", b"ab", 10)
+    rig.store.decided.put_nowait(([b"a"], [b"b"]))
+    await rig.asked(2)
+    assert rig.store.asked[1] == ([b"b"], True)
+    rig.store.decided.put_nowait(([b"b"], []))
+    assert await rig.answer("s") == 2
+
+
+async def test_cancelled_loads_are_answered_at_once(rig: Rig) -> None:
+    rig.load("s0", b"ab", 10)
+    rig.load("s1", b"ab", 20)
+    await rig.asked(1)
+    rig.loader.cancel("s0")
+    assert rig.answers == {"s0": 0}
+    rig.store.decided.put_nowait(([b"a", b"b"], []))
+    assert await rig.answer("s1") == 2
+    assert rig.pages.keys() == {20, 21}
+    rig.loader.cancel("early")
+    rig.load("early", b"ab", 30)
+    assert await rig.answer("early") == 0
+    rig.load("last", b"ab", 40)
+    await rig.asked(2)
+    rig.loader.cancel("last")
+    assert rig.answers["last"] == 0
+    await rig.loader.ended()
+    assert 40 not in rig.pages
