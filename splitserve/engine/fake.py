@@ -131,9 +131,17 @@ def fake_logprob(token_id: int) -> float:
     return value
 
 
-def expected_tokens(prompt: Sequence[int], count: int, vocab_size: int = 1000) -> list[int]:
-    """The first `count` greedy tokens after `prompt`, ends of sequence ignored."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(sum((p + 1) * t for p, t in enumerate(tokens)) % vocab_size)
-    return tokens[len(prompt) :]
+def expected_tokens(
+    prompt: Sequence[int], count: int, vocab_size: int = 1000, *, seed: int | None = None
+) -> list[int]:
+    """The first `count` tokens after `prompt`, ends of sequence ignored.
+
+    Without `seed` the greedy ones, with it those of choice 0 at a temperature above 0.
+    """
+    tokens: list[int] = []
+    total = sum((position + 1) * token for position, token in enumerate(prompt))
+    for index in range(count):
+        drawn = total if seed is None else total + seed + 3 * index
+        tokens.append(drawn % vocab_size)
+        total += (len(prompt) + index + 1) * tokens[-1]
+    return tokens

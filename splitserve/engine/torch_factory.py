@@ -48,11 +48,12 @@ def _load_model(
         return checkpoint.tensor(name, shape, dtype).to(device)
 
     shape = checkpoint.config
+    make_linear = choose_linear(dtype, device, deterministic=deterministic)
     with tqdm(
         total=shape.num_layers, desc="loading layers", unit="layer", disable=not show_progress
     ) as bar:
-        weights = load_llama(shape, read, layer_read=bar.update)
-    return Decoder(shape, weights, choose_linear(deterministic=deterministic))
+        weights = load_llama(shape, read, make_linear, layer_read=bar.update)
+    return Decoder(shape, weights)
 
 
 def _spec(

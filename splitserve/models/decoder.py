@@ -27,34 +27,29 @@ class LayerWeights:
     """One layer. Projections that read the same input are stored as one matrix."""
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    attention_out: Tensor
-    attention_out_bias: Tensor | None
+    qkv: Linear
+    attention_out: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """A whole model. `unembedding` may be `embedding` itself."""
+    """A whole model."""
 
     embedding: Tensor
     layers: list[LayerWeights]
     final_norm: Tensor
-    unembedding: Tensor
+    unembedding: Linear
 
 
 class Decoder:
     """Computes hidden states and logits. Holds no state between calls."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, linear: Linear) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
         self.config = config
         self._weights = weights
-        self._linear = linear
         device = weights.embedding.device
         self._inverse_frequencies = torch.from_numpy(inverse_frequencies(config)).to(device)
 
@@ -90,7 +85,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, vocab_size) in fp32 for (rows, hidden_size)."""
-        return self._linear(hidden, self._weights.unembedding).float()
+        return self._weights.unembedding(hidden).float()
 
     def _attention(
         self,
@@ -102,7 +97,7 @@ class Decoder:
     ) -> Tensor:
         config, rows = self.config, x.shape[0]
         normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(rows, -1, config.head_dim)
+        qkv = layer.qkv(normed).view(rows, -1, config.head_dim)
         rotated_heads = config.num_heads + config.num_kv_heads
         rotated = _rotate(qkv[:, :rotated_heads], rotation)
         mixed = attend(
@@ -111,12 +106,11 @@ class Decoder:
             rotated[:, config.num_heads :],
             qkv[:, rotated_heads:],
         )
-        return self._linear(mixed.reshape(rows, -1), layer.attention_out, layer.attention_out_bias)
+        return layer.attention_out(mixed.reshape(rows, -1))
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         normed = rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
-        gate_up = self._linear(normed, layer.gate_up, layer.gate_up_bias)
-        return self._linear(gated_silu(gate_up), layer.down, layer.down_bias)
+        return layer.down(gated_silu(layer.gate_up(normed)))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each (rows, 1, head_dim), computed in fp32."""

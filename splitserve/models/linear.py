@@ -1,13 +1,13 @@
 """Matrix products, chosen when an engine starts.
 
-A library's product may round differently for another number of rows. `fast_linear` takes that
-for speed. `tiled_linear` always multiplies `TILE_ROWS` rows at once, padding the last tile, so
-that a row's result depends on that row alone: this is what deterministic mode rests on.
+A `Linear` owns one weight in whatever form its kernel likes best. Which kind is used is decided
+once by `choose_linear`; layers only call it.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,35 +17,77 @@ TILE_ROWS = 16
 
 
 class Linear(Protocol):
-    """`x @ weight.T + bias` for x of shape (rows, in) and weight of shape (out, in)."""
+    """`x @ weight.T + bias` for (rows, in) inputs and a weight of shape (out, in)."""
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Shape (rows, out)."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shape (rows, out), the type of `x`."""
         ...
 
 
-def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One product over all rows."""
-    return functional.linear(x, weight, bias)
+MakeLinear: TypeAlias = Callable[[Tensor, Tensor | None], Linear]
+"""`make(weight, bias)`."""
 
 
-def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same product tile by tile. Each tile is copied to memory of its own, since alignment
-    may choose the library's kernel, too.
+class PlainLinear:
+    """The weight as it is, by the library's own choice of kernel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Linear`."""
+        return functional.linear(x, self._weight, self._bias)
+
+
+class PackedLinear:
+    """The weight in oneDNN's blocked layout, packed once instead of read with strides each time.
+
+    Measured on two cores with AVX512-BF16 for the shapes of a 135M model: 1.9 x at one row,
+    1.5 x at 16, 1.04 x at 512.
     """
-    rows = x.shape[0]
-    out = x.new_empty(rows, weight.shape[0])
-    for start in range(0, rows, TILE_ROWS):
-        part = x[start : start + TILE_ROWS]
-        tile = x.new_zeros(TILE_ROWS, x.shape[1])
-        tile[: part.shape[0]] = part
-        out[start : start + TILE_ROWS] = functional.linear(tile, weight, bias)[: part.shape[0]]
-    return out
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Linear`."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._weight, self._bias, "none", [], ""
+        )
+        return out
 
 
-def choose_linear(*, deterministic: bool) -> Linear:
-    """The product for an engine's mode."""
-    return tiled_linear if deterministic else fast_linear
+class TiledLinear:
+    """Another product, always of `TILE_ROWS` rows at once, the last tile padded.
+
+    A library may round differently for another number of rows. With a fixed number a row's
+    result depends on that row alone: this is what deterministic mode rests on. Each tile is
+    copied to memory of its own, since alignment may choose the library's kernel, too.
+    """
+
+    def __init__(self, product: Linear) -> None:
+        self._product = product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Linear`."""
+        outs = []
+        for start in range(0, x.shape[0], TILE_ROWS):
+            part = x[start : start + TILE_ROWS]
+            tile = x.new_zeros(TILE_ROWS, x.shape[1])
+            tile[: part.shape[0]] = part
+            outs.append(self._product(tile)[: part.shape[0]])
+        return torch.cat(outs)
+
+
+def choose_linear(dtype: torch.dtype, device: torch.device, *, deterministic: bool) -> MakeLinear:
+    """The fastest product for the type and device, tiled in deterministic mode."""
+    packed = device.type == "cpu" and dtype is torch.bfloat16 and torch._C._has_mkldnn
+    make: MakeLinear = PackedLinear if packed else PlainLinear
+    if not deterministic:
+        return make
+    return lambda weight, bias: TiledLinear(make(weight, bias))
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:

@@ -34,28 +34,26 @@ CONFIG = ModelConfig(
 CPU = torch.device("cpu")
 
 
-def random_weights(dtype: torch.dtype) -> DecoderWeights:
+def random_weights(dtype: torch.dtype, deterministic: bool) -> DecoderWeights:
     generator = torch.Generator().manual_seed(5)
 
     def make(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
 
+    linear = choose_linear(dtype, CPU, deterministic=deterministic)
+
     def layer() -> LayerWeights:
         return LayerWeights(
             input_norm=1 + make(48),
-            qkv=make(80, 48),
-            qkv_bias=make(80),
-            attention_out=make(48, 48),
-            attention_out_bias=None,
+            qkv=linear(make(80, 48), make(80)),
+            attention_out=linear(make(48, 48), None),
             mlp_norm=1 + make(48),
-            gate_up=make(160, 48),
-            gate_up_bias=None,
-            down=make(48, 80),
-            down_bias=None,
+            gate_up=linear(make(160, 48), None),
+            down=linear(make(48, 80), None),
         )
 
     layers = [layer() for _ in range(3)]
-    return DecoderWeights(make(120, 48) * 7, layers, 1 + make(48), make(120, 48) * 3)
+    return DecoderWeights(make(120, 48) * 7, layers, 1 + make(48), linear(make(120, 48) * 3, None))
 
 
 def make_engine(
@@ -73,7 +71,7 @@ def make_engine(
         block_bytes=3 * 2 * 4 * 2 * 8 * dtype.itemsize,
         num_pages=num_pages,
     )
-    model = Decoder(CONFIG, random_weights(dtype), choose_linear(deterministic=deterministic))
+    model = Decoder(CONFIG, random_weights(dtype, deterministic))
     attention = RowwiseAttention(memory) if deterministic else BatchedAttention(memory)
     return TorchEngine(spec, model, memory, attention)
 
