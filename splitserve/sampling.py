@@ -193,12 +193,13 @@ def check_prompt(
         found.append(
             FieldViolation(prefix, f"holds a token id not below the vocabulary {limits.vocab_size}")
         )
-    needed = len(token_ids) + (params.max_tokens or 1)
-    if needed > limits.max_context_tokens:
+    # A max_tokens that is wrong in itself has been told; it must not be told as a long prompt too.
+    wanted = min(max(params.max_tokens or 1, 1), limits.max_tokens)
+    if len(token_ids) + wanted > limits.max_context_tokens:
         found.append(
             FieldViolation(
                 prefix,
-                f"{len(token_ids)} prompt tokens and max_tokens {params.max_tokens or 1} exceed "
+                f"{len(token_ids)} prompt tokens and max_tokens {wanted} exceed "
                 f"the context of {limits.max_context_tokens} tokens",
             )
         )

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
+from .suite import Suite
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    outcome = yield
+    report = outcome.get_result()
+    if report.when == "call":
+        item.stash[FAILED] = report.failed
+
+
+@pytest.fixture
+async def suite(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Suite]:
+    """An empty suite; what the test starts is stopped at its end."""
+    running = Suite(tmp_path)
+    try:
+        yield running
+    finally:
+        await running.close()
+        if request.node.stash.get(FAILED, True):
+            running.show_logs()
 
 
 @pytest.fixture(scope="session")

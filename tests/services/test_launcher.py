@@ -48,7 +48,7 @@ def test_a_suite_starts_serves_and_stops(tmp_path: Path):
         assert len(output.outputs[0].token_ids) == 3
     names = ["decode", "kvstore", "prefill", "prefill-1", "router"]
     assert sorted(ready) == names
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.log" for name in names]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == names
     assert not any(_runs(pid) for pid in pids)
     host, port = suite.target.rsplit(":", 1)
     with socket.socket() as probe:

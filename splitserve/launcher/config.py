@@ -1,0 +1,143 @@
+"""What a suite on one machine consists of, as the command lines of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from splitserve.errors import ConfigError
+
+# The arithmetic model of tests has a vocabulary of its own, and no checkpoint to read it from.
+FAKE_VOCAB_SIZE = 1000
+FAKE_CONTEXT_TOKENS = 4096
+FAKE_MODEL_NAME = "fake"
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """Port 0 is a free one; further workers of a tier always take free ones.
+
+    `flags` go to the services of a tier (router, prefill, decode, kvstore), as their `--help`
+    lists them.
+    """
+
+    model: str = ""
+    model_name: str = ""
+    engine: str = "torch"
+    host: str = LOOPBACK
+    """Where the router listens; the others always on loopback."""
+    insecure: bool = False
+    """Let the router listen in plaintext off loopback."""
+    router_port: int = 0
+    prefill_port: int = 0
+    decode_port: int = 0
+    kvstore_port: int = 0
+    fixed_metrics_ports: bool = False
+    """Metrics of each tier's first process on 9091 to 9094, or else on free ports."""
+    num_prefill: int = 1
+    num_decode: int = 1
+    otlp_endpoint: str | None = None
+    log_level: str = "info"
+    log_format: str = "text"
+    drain_grace_s: float = 5.0
+    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.engine == "torch" and not self.model:
+            raise ConfigError("model: name a checkpoint, a Hugging Face directory or a .gguf file")
+        if self.num_prefill < 1 or self.num_decode < 1:
+            raise ConfigError("workers: each tier needs at least one")
+
+    @property
+    def served_name(self) -> str:
+        """The name that clients ask for."""
+        if self.model_name:
+            return self.model_name
+        if self.engine == "fake":
+            return FAKE_MODEL_NAME
+        path = Path(self.model)
+        return path.stem if path.suffix == ".gguf" else path.resolve().name
+
+
+@dataclass(frozen=True)
+class ServicePlan:
+    """One process: what it is called, where it listens, how it is started."""
+
+    name: str
+    tier: str
+    address: str
+    command: tuple[str, ...]
+
+
+def plan(config: SuiteConfig) -> list[ServicePlan]:
+    """Every process in the order of dependence: store, workers, router."""
+    spare = iter(free_ports(2 + config.num_prefill + config.num_decode))
+
+    def address(port: int) -> str:
+        return f"{LOOPBACK}:{port or next(spare)}"
+
+    kvstore = address(config.kvstore_port)
+    prefills = [address(config.prefill_port if i == 0 else 0) for i in range(config.num_prefill)]
+    decodes = [address(config.decode_port if i == 0 else 0) for i in range(config.num_decode)]
+    router = address(config.router_port)
+    worker = ("--kvstore", kvstore, *_engine_flags(config))
+    targets = ("--prefill", ",".join(prefills), "--decode", ",".join(decodes))
+    return [
+        _service(config, "kvstore", 0, kvstore, ()),
+        *(_service(config, "prefill", i, at, worker) for i, at in enumerate(prefills)),
+        *(_service(config, "decode", i, at, worker) for i, at in enumerate(decodes)),
+        _service(config, "router", 0, router, (*targets, *_router_flags(config))),
+    ]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that were free a moment ago, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def _service(
+    config: SuiteConfig, tier: str, index: int, address: str, flags: tuple[str, ...]
+) -> ServicePlan:
+    command = [
+        *(sys.executable, "-m", f"services.{tier}", "--die-with-parent"),
+        *("--host", config.host if tier == "router" else LOOPBACK),
+        *("--port", address.rpartition(":")[2]),
+        *("--log-level", config.log_level, "--log-format", config.log_format),
+        *("--drain-grace-s", str(config.drain_grace_s)),
+    ]
+    if index or not config.fixed_metrics_ports:
+        command += ["--metrics-port", "0"]
+    if config.insecure and tier == "router":
+        command.append("--insecure")
+    if config.otlp_endpoint:
+        command += ["--otlp-endpoint", config.otlp_endpoint]
+    name = tier if index == 0 else f"{tier}-{index}"
+    # What a user passes comes last, so that it wins.
+    return ServicePlan(name, tier, address, (*command, *flags, *config.flags.get(tier, ())))
+
+
+def _engine_flags(config: SuiteConfig) -> tuple[str, ...]:
+    flags = ("--engine", config.engine, "--model-name", config.served_name)
+    return (*flags, "--model", config.model) if config.model else flags
+
+
+def _router_flags(config: SuiteConfig) -> tuple[str, ...]:
+    name = ("--model-name", config.served_name)
+    if config.engine == "torch":
+        return (*name, "--model", config.model)
+    limits = (
+        "--vocab-size",
+        str(FAKE_VOCAB_SIZE),
+        "--max-context-tokens",
+        str(FAKE_CONTEXT_TOKENS),
+    )
+    return (*name, "--skip-tokenizer-init", *limits)

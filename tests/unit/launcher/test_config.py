@@ -1,0 +1,79 @@
+"""Command lines of the services."""
+
+from __future__ import annotations
+
+import pytest
+
+from splitserve.errors import ConfigError
+from splitserve.launcher.config import ServicePlan, SuiteConfig, free_ports, plan
+
+
+def flag(service: ServicePlan, name: str) -> str:
+    return service.command[service.command.index(name) + 1]
+
+
+def test_every_service_knows_the_others():
+    config = SuiteConfig(
+        model="/m/tiny.gguf",
+        router_port=1001,
+        prefill_port=1002,
+        decode_port=1003,
+        kvstore_port=1004,
+        num_prefill=2,
+    )
+    kvstore, first, second, decode, router = plan(config)
+    assert [s.name for s in (kvstore, first, second, decode, router)] == [
+        *("kvstore", "prefill", "prefill-1", "decode", "router"),
+    ]
+    assert kvstore.address == flag(first, "--kvstore") == flag(decode, "--kvstore")
+    assert (first.address, decode.address) == ("127.0.0.1:1002", "127.0.0.1:1003")
+    assert flag(router, "--prefill") == f"127.0.0.1:1002,{second.address}"
+    assert flag(router, "--decode") == "127.0.0.1:1003"
+    names = {flag(s, "--model-name") for s in (first, second, decode, router)}
+    assert names == {"tiny"}
+    assert all("--die-with-parent" in s.command for s in plan(config))
+
+
+def test_only_the_router_leaves_loopback():
+    config = SuiteConfig(engine="fake", host="0.0.0.0", insecure=True)
+    hosts = {s.tier: flag(s, "--host") for s in plan(config)}
+    assert hosts == {
+        "kvstore": "127.0.0.1",
+        "prefill": "127.0.0.1",
+        "decode": "127.0.0.1",
+        "router": "0.0.0.0",
+    }
+    assert [s.tier for s in plan(config) if "--insecure" in s.command] == ["router"]
+
+
+def test_metrics_ports_are_free_ones_beyond_the_first_of_a_tier():
+    fixed = plan(SuiteConfig(engine="fake", fixed_metrics_ports=True, num_decode=2))
+    assert [s.name for s in fixed if "--metrics-port" in s.command] == ["decode-1"]
+    free = plan(SuiteConfig(engine="fake"))
+    assert all(flag(s, "--metrics-port") == "0" for s in free)
+
+
+def test_flags_of_a_tier_come_last():
+    config = SuiteConfig(engine="fake", flags={"decode": ("--max-batch", "3")})
+    for service in plan(config):
+        assert (service.command[-2:] == ("--max-batch", "3")) is (service.tier == "decode")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("/m/Llama-3.Q4.gguf", "Llama-3.Q4"), ("/m/llama.v1/", "llama.v1"), ("llama", "llama")],
+)
+def test_the_name_is_the_checkpoints(model: str, name: str):
+    assert SuiteConfig(model=model).served_name == name
+    assert SuiteConfig(model=model, model_name="mine").served_name == "mine"
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ConfigError, match="model"):
+        SuiteConfig()
+    with pytest.raises(ConfigError, match="at least one"):
+        SuiteConfig(engine="fake", num_decode=0)
+
+
+def test_free_ports_differ():
+    assert len(set(free_ports(20))) == 20
