@@ -38,6 +38,7 @@ except KeyboardInterrupt:
 
 QUESTION = "Explain in two sentences why the sky is blue."
 MODEL = Path(__file__).resolve().parent.parent / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+BAR_FORMAT = "{desc}: {bar:20} {n}/{total} {elapsed}"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -100,9 +101,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _start(suite: LocalSuite) -> None:
-    with tqdm(total=4, desc="starting", bar_format="{desc}: {bar:20} {n}/{total} {elapsed}") as bar:
+    print("starting router, prefill, decode and kvstore", flush=True)
+    with tqdm(total=4, desc="starting", bar_format=BAR_FORMAT, leave=False, disable=None) as bar:
         suite.start(on_ready=lambda plan: _show_ready(bar, plan.name))
-    print(f"router, prefill, decode and kvstore serve as processes {suite.pids}", flush=True)
+    print(f"they are ready, as processes {suite.pids}", flush=True)
 
 
 def _show_ready(bar: tqdm[Never], name: str) -> None:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from splitserve.errors import ConfigError
+from splitserve.errors import CheckpointError, ConfigError
 from splitserve.obs.logging import LogFormat, log_uncaught, setup_logging
 from splitserve.rpc.lifecycle import die_with_parent
 from splitserve.rpc.tls import TlsConfig
@@ -154,7 +154,7 @@ def run_main(
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Runs a service's coroutine with its settings and exits: 0 at its end, 2 with one line on
-    stderr for a ConfigError, 1 for any other exception, which is logged.
+    stderr for a ConfigError or CheckpointError, 1 for any other exception, which is logged.
 
     Logging is set up from the settings, and `die_with_parent` obeyed, before `main` is called.
     """
@@ -169,7 +169,7 @@ def run_main(
             die_with_parent()
         setup_logging(_service_name(cls), config.log_level, config.log_format)
         asyncio.run(run(config))
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         print(f"error: {_one_line(error.message)}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
     except KeyboardInterrupt:

@@ -1,11 +1,12 @@
 """The directory shared by the stores of several nodes, in Redis.
 
     splitserve:holders        set of holder ids
-    splitserve:holder:{id}    hash, one field for each block the holder has; expires by itself
+    splitserve:holder:{id}    hash, one field for each block the holder has
 
 Each store is the source of truth for the holders that publish to it and for itself. It keeps them
-in memory and mirrors them in the background; the hash's time to live is refreshed for as long as
-the store lives, so what a dead store mirrored vanishes within TTL_S. Nothing here waits for Redis
+in memory and mirrors them in the background. Both keys expire by themselves; a store refreshes
+them for as long as it lives, so what a dead store mirrored vanishes within TTL_S, and the set of
+holders with the last store. Nothing here waits for Redis
 but a lookup, and that for at most LOOKUP_S: without Redis the answers are those of this store
 alone, and after it came back everything is written again.
 """
@@ -22,7 +23,7 @@ from redis.exceptions import RedisError
 
 from services.kvstore.directory import Holder, MemoryDirectory
 
-TTL_S = 5
+TTL_S = 3
 HEARTBEAT_S = 1.0
 LOOKUP_S = 0.1
 
@@ -186,6 +187,7 @@ class RedisDirectory:
                 if absent := [key for key, has in part if not has]:
                     pipe.hdel(name, *absent)
             pipe.expire(name, TTL_S)
+            pipe.expire(_HOLDERS, TTL_S)
             await pipe.execute()
 
     async def _heartbeat(self) -> None:
@@ -193,8 +195,11 @@ class RedisDirectory:
         async with self._redis.pipeline(transaction=False) as pipe:
             for holder_id in local:
                 pipe.expire(_HOLDER + holder_id, TTL_S)
+            if present := [holder_id for holder_id, keys in local.items() if keys]:
+                pipe.sadd(_HOLDERS, *present)
+            pipe.expire(_HOLDERS, TTL_S)
             alive = await pipe.execute()
-        for (holder_id, keys), is_alive in zip(local.items(), alive, strict=True):
+        for (holder_id, keys), is_alive in zip(local.items(), alive, strict=False):
             if keys and not is_alive:  # it ran out, or another store took it for dead
                 self._start_over(holder_id)
         await self._trim(sorted(await self._elsewhere()))

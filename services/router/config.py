@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from splitserve.config import ServiceConfig
+from splitserve.model_name import default_model_name
 
 ANY_MODEL = "default"
 """What the model is called where neither flag nor file names it."""
@@ -94,4 +95,4 @@ class RouterConfig(ServiceConfig):
             return self.model_name
         if self.model is None:
             return ANY_MODEL
-        return self.model.stem if self.model.suffix == ".gguf" else self.model.name
+        return default_model_name(self.model)

@@ -6,9 +6,9 @@ import contextlib
 import socket
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from splitserve.errors import ConfigError
+from splitserve.model_name import default_model_name
 
 # The arithmetic model of tests has a vocabulary of its own, and no checkpoint to read it from.
 FAKE_VOCAB_SIZE = 1000
@@ -60,8 +60,7 @@ class SuiteConfig:
             return self.model_name
         if self.engine == "fake":
             return FAKE_MODEL_NAME
-        path = Path(self.model)
-        return path.stem if path.suffix == ".gguf" else path.resolve().name
+        return default_model_name(self.model)
 
 
 @dataclass(frozen=True)

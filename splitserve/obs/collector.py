@@ -104,7 +104,7 @@ class _TraceService(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self, take: Callable[[list[CollectedSpan]], None]) -> None:
         self._take = take
 
-    def Export(  # noqa: N802 - the name that gRPC calls
+    def Export(
         self,
         request: trace_service_pb2.ExportTraceServiceRequest,
         context: grpc.ServicerContext,

@@ -36,7 +36,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def Check(  # noqa: N802 - the name that gRPC calls
+    async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
         """The status now."""
@@ -45,7 +45,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             await context.abort(grpc.StatusCode.NOT_FOUND, "no service of this name")
         return health_pb2.HealthCheckResponse(status=status)
 
-    async def Watch(  # noqa: N802 - the name that gRPC calls
+    async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """The status now and after each change of it."""

@@ -10,6 +10,7 @@ from splitserve.config import ServiceConfig
 from splitserve.engine.core import CoreConfig
 from splitserve.engine.factory import EngineConfig
 from splitserve.errors import ConfigError
+from splitserve.model_name import default_model_name
 
 
 class WorkerConfig(ServiceConfig):
@@ -63,7 +64,7 @@ class WorkerConfig(ServiceConfig):
         """The name that clients ask for."""
         if self.model_name:
             return self.model_name
-        return self.model.rstrip("/").rsplit("/", 1)[-1] or "fake"
+        return default_model_name(self.model) if self.model else "fake"
 
     @property
     def engine_config(self) -> EngineConfig:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from splitserve.engine.core import CoreStats, EngineCore
 from splitserve.engine.factory import open_engine
 from splitserve.engine.protocol import Engine
-from splitserve.errors import CheckpointError, ConfigError
+from splitserve.engine.threads import yield_cores_when_waiting
 from splitserve.kv.client import KvStoreClient
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout
@@ -104,11 +104,13 @@ async def open_worker(tier: str, config: WorkerConfig, *, prefill: bool) -> Asyn
     """Open the engine and everything around it; close it all at the end.
 
     Raises:
-        ConfigError: a setting is wrong, or the checkpoint cannot be loaded.
+        ConfigError: a setting is wrong.
+        CheckpointError: the checkpoint cannot be loaded.
     """
     if config.nice:
         os.nice(config.nice)
-    engine = _open_engine(config)
+    yield_cores_when_waiting()
+    engine = open_engine(config.engine_config)
     worker_id = config.worker_id or f"{tier}-{uuid.uuid4().hex[:12]}"
     async with contextlib.AsyncExitStack() as stack:
         tracing = setup_tracing(tier, config.otlp_endpoint, instance_id=worker_id)
@@ -188,13 +190,6 @@ def _assemble(
         tracing=tracing,
         metrics=metrics,
     )
-
-
-def _open_engine(config: WorkerConfig) -> Engine:
-    try:
-        return open_engine(config.engine_config)
-    except CheckpointError as error:
-        raise ConfigError(error.message) from error
 
 
 def _connector(

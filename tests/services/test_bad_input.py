@@ -19,7 +19,17 @@ from google.protobuf.message import Message
 from splitserve.v1 import inference_pb2
 
 from ..suite import Suite
-from .front_door import CONTEXT, GENERATE, MAX_TOKENS, VOCAB, FrontDoor, Request, fields_of, front_door, tokens
+from .front_door import (
+    CONTEXT,
+    GENERATE,
+    MAX_TOKENS,
+    VOCAB,
+    FrontDoor,
+    Request,
+    fields_of,
+    front_door,
+    tokens,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -143,12 +143,12 @@ async def _one(message: bytes) -> Any:
 
 
 class _Store(kvstore_pb2_grpc.KvStoreServiceServicer):
-    async def GetStats(  # noqa: N802
+    async def GetStats(
         self, request: Any, context: Any
     ) -> kvstore_pb2.GetStatsResponse:
         return kvstore_pb2.GetStatsResponse(epoch=7)
 
-    async def WriteBlocks(  # noqa: N802
+    async def WriteBlocks(
         self, requests: Any, context: Any
     ) -> kvstore_pb2.WriteBlocksResponse:
         written = 0
