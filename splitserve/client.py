@@ -27,7 +27,7 @@ from splitserve.inference_wire import (
 )
 from splitserve.obs.tracing import inject
 from splitserve.outputs import OutputBuilder, OutputDelta, RequestOutput
-from splitserve.rpc.options import channel_options
+from splitserve.rpc.options import TO_CLIENTS, channel_options
 from splitserve.rpc.status import error_from_rpc
 from splitserve.rpc.tls import TlsConfig
 from splitserve.sampling import SamplingParams
@@ -51,10 +51,14 @@ class Client:
         """
         self._metadata = _authorization(api_key)
         if tls is None:
-            self._channel = grpc.insecure_channel(target, options=channel_options())
+            self._channel = grpc.insecure_channel(
+                target, options=channel_options(keepalive=TO_CLIENTS)
+            )
         else:
             self._channel = grpc.secure_channel(
-                target, tls.channel_credentials(), options=channel_options()
+                target,
+                tls.channel_credentials(),
+                options=[*channel_options(keepalive=TO_CLIENTS), *tls.channel_options()],
             )
         stub: Any = inference_pb2_grpc.InferenceServiceStub
         self._stub = stub(self._channel)
@@ -158,10 +162,14 @@ class AsyncClient:
         """See `Client`."""
         self._metadata = _authorization(api_key)
         if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, options=channel_options())
+            self._channel = grpc.aio.insecure_channel(
+                target, options=channel_options(keepalive=TO_CLIENTS)
+            )
         else:
             self._channel = grpc.aio.secure_channel(
-                target, tls.channel_credentials(), options=channel_options()
+                target,
+                tls.channel_credentials(),
+                options=[*channel_options(keepalive=TO_CLIENTS), *tls.channel_options()],
             )
         stub: Any = inference_pb2_grpc.InferenceServiceStub
         self._stub = stub(self._channel)

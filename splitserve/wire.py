@@ -6,6 +6,7 @@ Services handle messages only at their edges; what travels inside is the types o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import grpc
@@ -24,6 +25,7 @@ from splitserve.errors import (
     Unauthenticated,
     Unavailable,
 )
+from splitserve.kv.layout import Lease
 from splitserve.sampling import FinishReason, SamplingParams
 from splitserve.v1 import common_pb2, decode_pb2
 
@@ -84,6 +86,32 @@ def seed_of(message: common_pb2.SamplingParams) -> int:
     if not message.HasField("seed"):
         raise InvalidRequest.single("sampling.seed", "must be set by the router")
     return message.seed
+
+
+# -- requests of routers ---------------------------------------------------------------------------
+
+MAX_NAME_CHARS = 256
+_HOST_PORT = re.compile(r"[A-Za-z0-9._-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.%]+\]:[0-9]{1,5}")
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise `InvalidRequest` unless it is a name that may be kept, logged and repeated."""
+    if not 0 < len(request_id) <= MAX_NAME_CHARS:
+        raise InvalidRequest.single("request_id", f"must have 1 to {MAX_NAME_CHARS} characters")
+
+
+def lease_from_proto(message: common_pb2.LeaseRef) -> Lease:
+    """A lease that the worker may act on. Whether it is live is its store's to say.
+
+    Raises:
+        InvalidRequest: its store is named by something else than HOST:PORT, or a name is too long.
+    """
+    if len(message.lease_id) > MAX_NAME_CHARS:
+        raise InvalidRequest.single("lease.lease_id", f"has more than {MAX_NAME_CHARS} characters")
+    address = message.store_address
+    if address and (len(address) > MAX_NAME_CHARS or not _HOST_PORT.fullmatch(address)):
+        raise InvalidRequest.single("lease.store_address", "must be HOST:PORT")
+    return Lease.from_proto(message)
 
 
 # -- tokens ----------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from splitserve.obs.metrics import Metrics
 from splitserve.obs.tracing import Tracing, setup_tracing
 from splitserve.rpc.channel import open_channel
 from splitserve.rpc.lifecycle import run_until_signal
+from splitserve.rpc.options import TO_CLIENTS
 from splitserve.rpc.server import RpcServer
 from splitserve.v1 import inference_pb2, inference_pb2_grpc
 
@@ -94,6 +95,7 @@ async def started(config: RouterConfig, tracing: Tracing) -> AsyncIterator[Route
         max_message_bytes=config.max_message_bytes,
         health_port=config.health_port,
         max_connection_age_s=config.max_connection_age_s,
+        keepalive=TO_CLIENTS,
         tracing=tracing,
         metrics=metrics,
     )

@@ -78,7 +78,7 @@ class KvStoreClient:
         self._timeout_s = rpc_timeout_s
         self._metrics = metrics
         self._vouching = Vouching(control)
-        self._publisher = PoolPublisher(control.stub, worker_id)
+        self._publisher = PoolPublisher(control.stub, worker_id, on_broken=runs.lost)
 
     @classmethod
     async def connect(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import grpc
 
@@ -24,9 +24,16 @@ class PoolPublisher:
     store has forgotten the holder, so the next one begins with all that the pool has.
     """
 
-    def __init__(self, stub: kvstore_pb2_grpc.KvStoreServiceStub, holder_id: str) -> None:
+    def __init__(
+        self,
+        stub: kvstore_pb2_grpc.KvStoreServiceStub,
+        holder_id: str,
+        on_broken: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_broken` is told whenever the stream breaks: it is open, and so is watched, always."""
         self._stub = stub
         self._holder_id = holder_id
+        self._on_broken = on_broken
         self._have: set[bytes] = set()
         self._changes: dict[bytes, bool] = {}  # key -> whether the pool has it now
         self._wake = asyncio.Event()
@@ -65,6 +72,7 @@ class PoolPublisher:
                 if self._closing.is_set():
                     return
                 _log.warning("publishing to the directory broke off: %s", _reason(err))
+                self._on_broken()
             if asyncio.get_running_loop().time() - began > _LAST_RETRY_S:
                 retry_s = _FIRST_RETRY_S
             await asyncio.sleep(retry_s)

@@ -55,6 +55,7 @@ class StoreRuns:
         self._choice = choice
         self._timeout_s = rpc_timeout_s
         self._present: StoreRun | None = None
+        self._lost = False
         self._connecting = asyncio.Lock()
 
     @property
@@ -66,7 +67,7 @@ class StoreRuns:
 
     async def of(self, lease: Lease) -> StoreRun:
         """The run that granted the lease, connecting anew if need be. Raises LeaseEnded."""
-        if lease.epoch != self.present.epoch:
+        if self._lost or lease.epoch != self.present.epoch:
             await self.connect()
             if lease.epoch != self.present.epoch:
                 raise LeaseEnded("the lease is of an earlier run of the store")
@@ -80,12 +81,22 @@ class StoreRuns:
                     self._introduction, timeout=self._timeout_s
                 )
             earlier = self._present
-            if earlier is not None and earlier.epoch == store.epoch:
+            if earlier is not None and earlier.epoch == store.epoch and not self._lost:
                 return
             transport = await self._open_transport(store)
             self._present = StoreRun(store.epoch, transport, store.advertised_address)
+            self._lost = False
             if earlier is not None:
                 earlier.transport.close()
+
+    def lost(self) -> None:
+        """The store is out of reach: let go of its memory until it is used again.
+
+        The kernel keeps the arena of a store that has died for as long as anybody maps it.
+        """
+        if self._present is not None:
+            self._lost = True
+            self._present.transport.close()
 
     def close(self) -> None:
         """Gives up the transport."""

@@ -45,10 +45,12 @@ class Vouching:
         """Returns if a copy may begin now, asking the store if need be. Raises LeaseEnded."""
         while self._good_until.get(lease.lease_id, 0.0) <= self.now():
             lock = self._asking.setdefault(lease.lease_id, asyncio.Lock())
-            async with lock:
-                if self._good_until.get(lease.lease_id, 0.0) <= self.now():
-                    await self.ask(lease)
-            self._asking.pop(lease.lease_id, None)
+            try:
+                async with lock:
+                    if self._good_until.get(lease.lease_id, 0.0) <= self.now():
+                        await self.ask(lease)
+            finally:
+                self._asking.pop(lease.lease_id, None)
 
     async def ask(self, lease: Lease) -> None:
         """Asks the store whether the lease is live. Raises LeaseEnded."""

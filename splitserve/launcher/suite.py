@@ -49,6 +49,10 @@ class LocalSuite:
         """Process ids, in the order of starting."""
         return [process.pid for process in self._processes]
 
+    def address_of(self, name: str) -> str:
+        """HOST:PORT of one process, such as `prefill` or `decode-1`."""
+        return next(p.plan.address for p in self._processes if p.plan.name == name)
+
     def start(
         self, timeout_s: float = START_TIMEOUT_S, on_ready: OnReady = lambda plan: None
     ) -> None:

@@ -6,6 +6,8 @@ what clients send and what servers permit stand here side by side.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 Options = list[tuple[str, int | str]]
 
 MIB = 1024 * 1024
@@ -13,12 +15,28 @@ MIB = 1024 * 1024
 DEFAULT_MAX_MESSAGE_BYTES = 4 * MIB
 MESSAGE_OVERHEAD_BYTES = 64 * 1024
 
-# A peer that stops answering is noticed after at most the interval, twice the timeout and a
-# tenth of a second: 0.8 s. Pings are answered by threads of gRPC's core that do not need the
-# interpreter lock, so a busy peer is not taken for a dead one. The core enforces no lower bound
-# on these, only the server's min_ping_interval below.
-PING_INTERVAL_MS = 200
-PING_TIMEOUT_MS = 250
+
+@dataclass(frozen=True)
+class Keepalive:
+    """How a silent peer is found out: a ping each `interval_ms`, given up after `timeout_ms`.
+
+    It is noticed after at most the interval, twice the timeout and a tenth of a second. Pings are
+    answered by threads of gRPC's core that do not need the interpreter lock, so a busy peer is
+    not taken for a dead one. The core enforces no lower bound, only the server's
+    min_ping_interval below.
+    """
+
+    interval_ms: int
+    timeout_ms: int
+
+
+BETWEEN_TIERS = Keepalive(interval_ms=200, timeout_ms=350)
+"""A worker that hangs must be noticed within a second."""
+
+TO_CLIENTS = Keepalive(interval_ms=10_000, timeout_ms=10_000)
+"""A client may be far away and its machine busy; one that has died is mostly told by TCP."""
+
+LEAST_PING_INTERVAL_MS = 100
 
 # Between a server's read of the socket and a slow handler lie at most this many bytes a stream.
 LOOKAHEAD_BYTES = 65536
@@ -28,10 +46,12 @@ RECONNECT_MIN_MS = 50
 RECONNECT_MAX_MS = 1000
 
 
-def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Options:
+def channel_options(
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, keepalive: Keepalive = BETWEEN_TIERS
+) -> Options:
     """What a client's end of a connection uses."""
     return [
-        *_common(max_message_bytes),
+        *_common(max_message_bytes, keepalive),
         ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
         ("grpc.min_reconnect_backoff_ms", RECONNECT_MAX_MS),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
@@ -42,7 +62,9 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Optio
 
 
 def server_options(
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, max_connection_age_s: float | None = None
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    max_connection_age_s: float | None = None,
+    keepalive: Keepalive = BETWEEN_TIERS,
 ) -> Options:
     """What a server's end of a connection uses.
 
@@ -50,9 +72,9 @@ def server_options(
     share; streams that are open go on. None: never.
     """
     options: Options = [
-        *_common(max_message_bytes),
-        # Half the clients' interval, for timers are not exact; 0 strikes means none is counted.
-        ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2),
+        *_common(max_message_bytes, keepalive),
+        # Half of what tiers send, for timers are not exact; 0 strikes means none is counted.
+        ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_INTERVAL_MS),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS_HARD),
@@ -64,14 +86,14 @@ def server_options(
     return options
 
 
-def _common(max_message_bytes: int) -> Options:
+def _common(max_message_bytes: int, keepalive: Keepalive) -> Options:
     limit = max_message_bytes + MESSAGE_OVERHEAD_BYTES
     return [
         ("grpc.max_receive_message_length", limit),
         ("grpc.max_send_message_length", limit),
-        ("grpc.keepalive_time_ms", PING_INTERVAL_MS),
-        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
-        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.keepalive_time_ms", keepalive.interval_ms),
+        ("grpc.keepalive_timeout_ms", keepalive.timeout_ms),
+        ("grpc.http2.ping_timeout_ms", keepalive.timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # With the probe on, flow control grows until a stalled reader's backlog fills memory.

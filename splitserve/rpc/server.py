@@ -12,7 +12,12 @@ from splitserve.errors import ConfigError
 from splitserve.obs.metrics import Metrics
 from splitserve.obs.tracing import Tracing
 from splitserve.rpc.health import LIVENESS, READINESS, HealthService
-from splitserve.rpc.options import DEFAULT_MAX_MESSAGE_BYTES, server_options
+from splitserve.rpc.options import (
+    BETWEEN_TIERS,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    Keepalive,
+    server_options,
+)
 from splitserve.rpc.server_interceptor import CallInterceptor
 from splitserve.rpc.tls import TlsConfig, check_bind, split_address
 from splitserve.rpc.types import ServerInterceptor
@@ -36,6 +41,7 @@ class RpcServer:
         health_port: int = 0,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_connection_age_s: float | None = None,
+        keepalive: Keepalive = BETWEEN_TIERS,
         interceptors: Sequence[ServerInterceptor] = (),
         tracing: Tracing | None = None,
         metrics: Metrics | None = None,
@@ -58,7 +64,7 @@ class RpcServer:
         self._ready_names: list[str] = []
         self._draining = False
         self.grpc: grpc.aio.Server = grpc.aio.server(
-            options=server_options(max_message_bytes, max_connection_age_s),
+            options=server_options(max_message_bytes, max_connection_age_s, keepalive),
             interceptors=[CallInterceptor(tracing or Tracing.of_process(), metrics), *interceptors],
         )
 

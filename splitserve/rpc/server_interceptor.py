@@ -39,6 +39,9 @@ UNKNOWN_METHOD = "/unknown"
 DEADLINE_SLACK_S = 0.025
 DEADLINE_SLACK_SHARE = 0.011
 
+# Names come from callers, and every log line of a call repeats its name.
+MAX_LOGGED_CHARS = 128
+
 _log = logging.getLogger(__name__)
 
 
@@ -175,10 +178,10 @@ def _cancelled_code(context: Context, timeout_s: float | None) -> grpc.StatusCod
 def _request_id(request: Any, metadata: Any) -> str | None:
     request_id = getattr(request, "request_id", None)
     if isinstance(request_id, str) and request_id:
-        return request_id
+        return request_id[:MAX_LOGGED_CHARS]
     for key, value in metadata:
         if key == names.METADATA_REQUEST_ID and isinstance(value, str):
-            return value[:128]
+            return value[:MAX_LOGGED_CHARS]
     return None
 
 

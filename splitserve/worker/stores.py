@@ -30,7 +30,7 @@ class Stores:
         self.home = home
         self._connect = connect
         self._clients: dict[str, KvStoreClient] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._opening: dict[str, asyncio.Task[KvStoreClient]] = {}
         self._pool_keys: dict[bytes, None] = {}
         self._connecting: asyncio.Task[None] | None = None
 
@@ -49,6 +49,9 @@ class Stores:
         if self._connecting:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
+        for opening in list(self._opening.values()):
+            opening.cancel()
+            await asyncio.wait([opening])
         clients, self._clients = list(self._clients.values()), {}
         for client in clients:
             await client.close()
@@ -90,11 +93,24 @@ class Stores:
         client = self._clients.get(address)
         if client is not None:
             return client
-        lock = self._locks.setdefault(address, asyncio.Lock())
-        async with lock:
-            if address not in self._clients:
-                self._clients[address] = client = await self._connect(address)
-                if address == self.home:
-                    client.publish(self._pool_keys, ())
-                    self._pool_keys.clear()
-            return self._clients[address]
+        opening = self._opening.get(address)
+        if opening is None:
+            opening = asyncio.create_task(self._open_client(address), name="store-open")
+            self._opening[address] = opening
+            opening.add_done_callback(lambda task: self._opened(address, task))
+        # Others may wait for the same connection, so nobody who gives up ends it.
+        return await asyncio.shield(opening)
+
+    async def _open_client(self, address: str) -> KvStoreClient:
+        client = await self._connect(address)
+        self._clients[address] = client
+        if address == self.home:
+            client.publish(self._pool_keys, ())
+            self._pool_keys.clear()
+        return client
+
+    def _opened(self, address: str, task: asyncio.Task[KvStoreClient]) -> None:
+        """Nothing is kept of an address where no store was found."""
+        del self._opening[address]
+        if not task.cancelled():
+            task.exception()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from splitserve.errors import BlockOutOfRange
+from splitserve.errors import BlockOutOfRange, Unavailable
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import Lease, ReadableBlock, Reservation
 from splitserve.kv.transports.handle import Handle, receive_handle
@@ -73,6 +73,8 @@ class ShmTransport:
         self._arena = np.empty(0, dtype=np.uint8)
 
     def _span(self, offset: int, size_bytes: int) -> NDArray[np.uint8]:
+        if not self._arena.size:
+            raise Unavailable("the store's memory was given up")
         if offset < 0 or offset + size_bytes > self._arena.size:
             raise BlockOutOfRange(f"[{offset}, {offset + size_bytes}) is outside of the arena")
         return self._arena[offset : offset + size_bytes]

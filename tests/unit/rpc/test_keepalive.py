@@ -13,7 +13,7 @@ import pytest
 
 from splitserve.errors import Unavailable
 from splitserve.rpc.channel import open_channel
-from splitserve.rpc.options import PING_INTERVAL_MS, PING_TIMEOUT_MS
+from splitserve.rpc.options import BETWEEN_TIERS
 from splitserve.rpc.status import error_from_rpc
 
 SERVER = """
@@ -65,7 +65,7 @@ async def test_stopped_peer_is_noticed_within_about_a_second(peer: tuple[int, in
     assert isinstance(error_from_rpc(caught.value), Unavailable)
     # The core grants a peer one more timeout than the setting says. Half a second is for a
     # machine that is busy with other tests.
-    assert noticed_s < (PING_INTERVAL_MS + 2 * PING_TIMEOUT_MS) / 1000 + 0.5
+    assert noticed_s < (BETWEEN_TIERS.interval_ms + 2 * BETWEEN_TIERS.timeout_ms) / 1000 + 0.5
 
 
 CLIENT = """
@@ -105,7 +105,7 @@ async def test_busy_peer_is_not_taken_for_dead(peer: tuple[int, int]) -> None:
         answer = await channel.unary_unary("/test.Peer/Unary")(b"busy", timeout=30)
         busy_s = time.monotonic() - started
     assert answer == b"busy"
-    assert busy_s > PING_TIMEOUT_MS / 1000, "the peer was not busy for long enough to tell"
+    assert busy_s > BETWEEN_TIERS.timeout_ms / 1000, "the peer was not busy for long enough to tell"
 
 
 async def test_idle_connection_is_not_closed_for_too_many_pings(peer: tuple[int, int]) -> None:
@@ -115,6 +115,6 @@ async def test_idle_connection_is_not_closed_for_too_many_pings(peer: tuple[int,
         watching = asyncio.ensure_future(
             channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
         )
-        done, _ = await asyncio.wait({watching}, timeout=8 * PING_INTERVAL_MS / 1000)
+        done, _ = await asyncio.wait({watching}, timeout=8 * BETWEEN_TIERS.interval_ms / 1000)
         watching.cancel()
     assert not done, "the connection was lost"

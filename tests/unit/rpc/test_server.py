@@ -143,14 +143,10 @@ async def _one(message: bytes) -> Any:
 
 
 class _Store(kvstore_pb2_grpc.KvStoreServiceServicer):
-    async def GetStats(
-        self, request: Any, context: Any
-    ) -> kvstore_pb2.GetStatsResponse:
+    async def GetStats(self, request: Any, context: Any) -> kvstore_pb2.GetStatsResponse:
         return kvstore_pb2.GetStatsResponse(epoch=7)
 
-    async def WriteBlocks(
-        self, requests: Any, context: Any
-    ) -> kvstore_pb2.WriteBlocksResponse:
+    async def WriteBlocks(self, requests: Any, context: Any) -> kvstore_pb2.WriteBlocksResponse:
         written = 0
         async for request in requests:
             written += len(request.data)
