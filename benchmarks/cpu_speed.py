@@ -29,7 +29,6 @@ from splitserve import LLM, Client, SamplingParams
 from splitserve.launcher.config import SuiteConfig
 from splitserve.launcher.signals import StopSignals
 from splitserve.launcher.suite import LocalSuite
-from splitserve.weights.checkpoint import open_checkpoint
 
 SEED = 7
 VOCAB = 40000
@@ -158,19 +157,15 @@ def running_suite(model: Path, log_dir: Path) -> Iterator[Client]:
 
 
 def load_transformers(path: Path) -> Any:
-    """The same weights, dense in bf16: what transformers is fastest with on a CPU. (Its own way
-    with GGUF keeps them packed and expands them in every product.)
-    """
-    from transformers import AutoConfig, LlamaForCausalLM
+    """Dense bf16 weights, which transformers is faster with here than with packed ones."""
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    config.quantization_config = None
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    checkpoint = open_checkpoint(path)
-    for name, parameter in model.named_parameters():
-        parameter.data = checkpoint.tensor(name, tuple(parameter.shape), torch.bfloat16)
-    model.tie_weights()
-    return model
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    ).eval()
 
 
 def measure(model: Path, workload: Path, rounds: int) -> list[Row]:

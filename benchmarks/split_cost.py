@@ -10,6 +10,7 @@ stream while others keep sending long prompts that ask for one token.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -89,7 +90,7 @@ def token_gaps_ms(stream: Stream) -> list[float]:
 
     def listen() -> list[float]:
         times = [time.perf_counter() for _ in stream(prompt(STREAM_PROMPT), greedy(STREAM_TOKENS))]
-        return [(b - a) * 1e3 for a, b in zip(times, times[1:], strict=False)]
+        return [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
 
     with ThreadPoolExecutor(STREAMS + LONG_CLIENTS) as threads:
         others = [threads.submit(disturb) for _ in range(LONG_CLIENTS)]

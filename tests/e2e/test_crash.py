@@ -52,10 +52,17 @@ async def test_kill_9_under_load(suite: Suite, victim: str) -> None:
     shared = shared_files()
     tiers = await start_tiers(suite, *SLOW)
     load = Load(tiers.router, clients=CLIENTS, deadline_s=DEADLINE_S)
+
+    async def arenas_are_gone() -> bool:
+        return not arenas_of(tiers.prefill) | arenas_of(tiers.decode)
+
     async with load.running():
         await load.until(lambda: load.ends["OK"] >= CLIENTS)
         assert load.num_streaming == CLIENTS
+        assert arenas_of(tiers.prefill) == arenas_of(tiers.decode) == arenas_of(tiers.kvstore)
         await suite.kill(tiers.named(victim))
+        if victim == "kvstore":
+            await eventually(arenas_are_gone, AFTER_LEASE_S)
         returned = await suite.restart(tiers.named(victim), wait=False)
         setattr(tiers, victim, returned)
         back_s = await until_serving(returned)
@@ -66,8 +73,7 @@ async def test_kill_9_under_load(suite: Suite, victim: str) -> None:
     assert back_s < BACK_S
     await nothing_held(*tiers.all, within_s=AFTER_LEASE_S)
     assert shared_files() == shared
-    # Of the arena of a store that is gone, too, no worker keeps a mapping.
-    assert [len(arenas_of(worker)) for worker in (tiers.prefill, tiers.decode)] == [1, 1]
+    assert arenas_of(tiers.prefill) == arenas_of(tiers.decode) == arenas_of(tiers.kvstore)
 
 
 async def test_kill_9_of_the_router_frees_all_tiers(suite: Suite) -> None:

@@ -27,10 +27,13 @@ PARAMS = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def oracle(model_path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     return AutoModelForCausalLM.from_pretrained(
-        model_path.parent, gguf_file=model_path.name, dtype=torch.float32
+        model_path.parent,
+        gguf_file=model_path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
     ).eval()
 
 

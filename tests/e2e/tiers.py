@@ -38,6 +38,7 @@ class Tiers:
 async def start_tiers(
     suite: Suite,
     *worker_flags: str,
+    decode_flags: tuple[str, ...] = (),
     router_flags: tuple[str, ...] = (),
     store_flags: tuple[str, ...] = (),
 ) -> Tiers:
@@ -48,7 +49,7 @@ async def start_tiers(
     store, prefill, decode, router = await asyncio.gather(
         suite.kvstore(*store_flags, port=ports[0]),
         suite.prefill(store_at, *worker_flags, port=ports[1]),
-        suite.decode(store_at, *worker_flags, port=ports[2]),
+        suite.decode(store_at, *worker_flags, *decode_flags, port=ports[2]),
         suite.router([prefill_at], [decode_at], *ROUTER_FLAGS, *router_flags),
     )
     return Tiers(store, prefill, decode, router)
