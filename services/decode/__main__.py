@@ -10,6 +10,8 @@ from services.decode.service import DecodeService
 from services.decode.session import Bench
 from services.decode.submission import Submission
 from splitserve.config import run_main
+from splitserve.obs.logging import bind_request_id
+from splitserve.obs.tracing import use_context
 from splitserve.v1 import decode_pb2, decode_pb2_grpc
 from splitserve.worker.block_loader import BlockLoader
 from splitserve.worker.process import Worker, open_worker
@@ -44,16 +46,17 @@ def _loader(worker: Worker, submission: Submission) -> BlockLoader | None:
     """
     if submission.lease is None:
         return None
-    return BlockLoader(
-        submission.lease,
-        open_store=worker.stores.open,
-        insert_page=worker.engine.insert_page,
-        loaded=worker.core.loaded,
-        block_bytes=worker.engine.spec.block_bytes,
-        wait_for_writer=not submission.resumed,
-        timeout_s=submission.deadline_s or LONGEST_LOAD_S,
-        copier=worker.copier,
-    )
+    with use_context(submission.parent), bind_request_id(submission.request_id):
+        return BlockLoader(
+            submission.lease,
+            open_store=worker.stores.open,
+            insert_page=worker.engine.insert_page,
+            loaded=worker.core.loaded,
+            block_bytes=worker.engine.spec.block_bytes,
+            wait_for_writer=not submission.resumed,
+            timeout_s=submission.deadline_s or LONGEST_LOAD_S,
+            copier=worker.copier,
+        )
 
 
 if __name__ == "__main__":

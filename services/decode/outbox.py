@@ -36,6 +36,9 @@ class Outbox:
     def put(self, step: int, delta: decode_pb2.SequenceDelta) -> None:
         """Add the news of one choice; an entry that waits already is extended.
 
+        After its end nothing is added: what comes then answers a command that crossed the end on
+        its way, and the router must hear why the choice ended and not that it has.
+
         Each entry counts as one token more than it has, so that empty ones are bounded too.
         """
         self._step = max(self._step, step)
@@ -44,7 +47,7 @@ class Outbox:
         if waiting is None:
             self._pending[key] = delta
             self._num_tokens += 1 + len(delta.tokens)
-        else:
+        elif not waiting.finish_reason and not waiting.HasField("error"):
             _extend(waiting, delta)
             self._num_tokens += len(delta.tokens)
         self._woken.set()

@@ -109,8 +109,7 @@ class Session:
             self._admit(parse(message, self._bench.limits))
         except SplitserveError as error:
             self._bench.recorder.refused(error.code)
-            choices = min(max(1, message.sampling.n), self._bench.limits.max_choices)
-            self._report(message.request_id, range(choices), error)
+            self._report_refusal(message, error)
 
     def _check_unused(self, request_id: str) -> None:
         """A name that is used twice tells nobody's news apart: both requests end."""
@@ -250,6 +249,12 @@ class Session:
                 request_id=request_id, choice=choice, error=wire.error_to_proto(error)
             )
             self._put(0, delta)
+
+    def _report_refusal(self, message: decode_pb2.Submit, error: SplitserveError) -> None:
+        """Tell all choices that were asked for; of a name too long to repeat that often, one."""
+        asked = min(max(1, message.sampling.n), self._bench.limits.max_choices)
+        told = asked if len(message.request_id) <= wire.MAX_NAME_CHARS else 1
+        self._report(message.request_id, range(told), error)
 
     # -- ends ----------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opentelemetry.context import Context
 
@@ -14,8 +14,6 @@ from splitserve.kv.layout import Lease
 from splitserve.obs import tracing
 from splitserve.sampling import SamplingLimits, SamplingParams, check_prompt
 from splitserve.v1 import decode_pb2
-
-MAX_ID_CHARS = 256
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,9 @@ def parse(
         InvalidRequest: a field is missing or out of range; every one is named.
         DeadlineExceeded: the deadline has passed already.
     """
-    params = wire.sampling_from_proto(message.sampling)
     prompt = list(message.prompt_token_ids)
-    if not 0 < len(message.request_id) <= MAX_ID_CHARS:
-        raise InvalidRequest.single("request_id", f"must have 1 to {MAX_ID_CHARS} characters")
+    params = _bounded(wire.sampling_from_proto(message.sampling), len(prompt), limits)
+    wire.check_request_id(message.request_id)
     check_prompt(prompt, params, limits, prefix="prompt_token_ids")
     seed = wire.seed_of(message.sampling)
     return Submission(
@@ -66,12 +63,19 @@ def parse(
         params=params,
         seed=seed,
         cache_salt=message.cache_salt,
-        lease=Lease.from_proto(message.lease) if message.HasField("lease") else None,
+        lease=wire.lease_from_proto(message.lease) if message.HasField("lease") else None,
         outputs=_outputs(message, params, limits),
         resumed=bool(message.resume),
         parent=tracing.extract(message.trace_context),
         deadline_s=_deadline_s(message.deadline_unix_ms, now_s()),
     )
+
+
+def _bounded(params: SamplingParams, prompt_tokens: int, limits: SamplingLimits) -> SamplingParams:
+    """A request that does not say when to end does so where the context does."""
+    if params.max_tokens is not None:
+        return params
+    return replace(params, max_tokens=max(1, limits.max_context_tokens - prompt_tokens))
 
 
 def _outputs(
@@ -88,7 +92,7 @@ def _outputs(
             fault = f"index {progress.index} is named twice"
         elif any(token >= limits.vocab_size for token in tokens):
             fault = f"holds a token id not below the vocabulary {limits.vocab_size}"
-        elif not progress.finished and len(tokens) >= (params.max_tokens or limits.max_tokens):
+        elif not progress.finished and len(tokens) >= (params.max_tokens or 1):
             fault = f"has {len(tokens)} tokens already, with max_tokens {params.max_tokens}"
         if fault:
             raise InvalidRequest([FieldViolation("resume", fault)])

@@ -14,6 +14,7 @@ none of it.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -85,6 +86,7 @@ class HandOverStats:
     num_bytes: int = 0
     num_present: int = 0
     transport: str = ""
+    lease_id: str = ""
     error: SplitserveError | None = None
 
 
@@ -122,12 +124,14 @@ class HandOver:
         self._open_store = open_store
         self._copier = copier
         self._loop = asyncio.get_running_loop()
+        # Of the request: what is called and logged here belongs to its trace.
+        self._context = contextvars.copy_context()
         self._blocks: list[_Block] = []
         self._news = asyncio.Event()
         self._complete = False
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
-        self.stats = HandOverStats()
+        self.stats = HandOverStats(lease_id=lease.lease_id)
 
     # -- on the engine's thread ----------------------------------------------------------------
 
@@ -178,7 +182,7 @@ class HandOver:
             for index, (key, page) in enumerate(zip(keys, pages, strict=False))
         ]
         self.stats.began_ns = time.time_ns()
-        self._task = self._loop.create_task(self._run(), name="hand-over")
+        self._task = self._loop.create_task(self._run(), name="hand-over", context=self._context)
 
     def _mark_ready(self, first_block: int, end_block: int, end_layer: int) -> None:
         for block in self._blocks[first_block:end_block]:

@@ -87,6 +87,7 @@ class Recorder:
             names.KV_BLOCKS: stats.num_blocks,
             names.KV_BYTES: stats.num_bytes,
             names.KV_TRANSPORT: stats.transport,
+            names.KV_LEASE_ID: stats.lease_id,
         }
         attributes = common | blocks
         self._metrics.kv_transfer_bytes.labels(stats.transport, "write").inc(stats.num_bytes)

@@ -104,11 +104,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
     async def _job_of(self, request: prefill_pb2.PrefillRequest) -> Job:
         bench = self._bench
+        wire.check_request_id(request.request_id)
         params = wire.sampling_from_proto(request.sampling)
         prompt = list(request.prompt_token_ids)
         check_prompt(prompt, params, bench.limits, prefix="prompt_token_ids")
         seed = wire.seed_of(request.sampling)
-        lease = Lease.from_proto(request.lease) if request.HasField("lease") else None
+        lease = wire.lease_from_proto(request.lease) if request.HasField("lease") else None
         hand_over = self._hand_over(lease, len(prompt)) if lease else None
         loader = await self._loader(lease, request.cache_salt, prompt) if lease else None
         sequence = Sequence(

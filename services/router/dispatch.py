@@ -18,6 +18,7 @@ import logging
 import random
 from typing import Any
 
+import grpc
 from opentelemetry import trace
 
 from services.router.decode_client import DecodeLinks
@@ -139,6 +140,10 @@ class Dispatcher:
                         _drop_ended(stream, session)
                     session.settle()
                 await session.done
+            except asyncio.CancelledError:
+                if not stream.finished:
+                    span.set_status(trace.StatusCode.ERROR, grpc.StatusCode.CANCELLED.name)
+                raise
             except _RETRIED:
                 if link.broken or session.failed:
                     avoid.add(plan.decode.address)

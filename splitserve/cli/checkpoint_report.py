@@ -62,8 +62,8 @@ def inspect(path: Path) -> CheckpointReport:
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
         tensors = _stored_tensors(path)
-        missing = sorted(expected_tensors(config) - set(checkpoint.tensor_names()))
-        problem = f"{path}: tensor {missing[0]!r} is missing" if missing else ""
+        for name, shape in expected_tensors(config).items():
+            checkpoint.check_tensor(name, shape)
     except CheckpointError as error:
         return CheckpointReport(str(path), loads=False, problem=error.message)
     stored: Counter[str] = Counter()
@@ -73,8 +73,7 @@ def inspect(path: Path) -> CheckpointReport:
     kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return CheckpointReport(
         path=str(path),
-        loads=not problem,
-        problem=problem,
+        loads=True,
         architecture=config.architecture,
         parameters=parameters,
         num_layers=config.num_layers,
@@ -93,20 +92,39 @@ def inspect(path: Path) -> CheckpointReport:
     )
 
 
-def expected_tensors(config: ModelConfig) -> set[str]:
-    """The names of every weight that a model of this shape has; biases are not listed."""
-    parts = (
-        *(f"self_attn.{each}_proj" for each in "qkvo"),
-        *(f"mlp.{each}_proj" for each in ("gate", "up", "down")),
-        *("input_layernorm", "post_attention_layernorm"),
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a model of this config has, in the order of loading."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(config.num_layers):
+        for name, shape in _layer_tensors(config).items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _layer_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    # Name, rows, columns, and whether there is a bias.
+    projections = (
+        ("self_attn.q_proj", queries, hidden, config.attention_bias),
+        ("self_attn.k_proj", keys, hidden, config.attention_bias),
+        ("self_attn.v_proj", keys, hidden, config.attention_bias),
+        ("self_attn.o_proj", hidden, queries, config.attention_output_bias),
+        ("mlp.gate_proj", inner, hidden, config.mlp_bias),
+        ("mlp.up_proj", inner, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, inner, config.mlp_bias),
     )
-    names = {
-        f"model.layers.{layer}.{part}.weight"
-        for layer in range(config.num_layers)
-        for part in parts
-    }
-    names |= {"model.embed_tokens.weight", "model.norm.weight"}
-    return names if config.tie_word_embeddings else names | {"lm_head.weight"}
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    for name, rows, columns, biased in projections:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if biased:
+            shapes[f"{name}.bias"] = (rows,)
+    return shapes | {"post_attention_layernorm.weight": (hidden,)}
 
 
 def _stored_tensors(path: Path) -> list[StoredTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,8 @@ class EngineConfig:
 
 def open_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
     """Open the engine. Raises `CheckpointError` or `ConfigError`, one line each."""
+    if config.kind == "fake" or config.device == "cpu":
+        _check_fits_memory(config.pool_bytes)
     if config.kind == "fake":
         return _open_fake(config)
     # Only workers have torch installed; the fake engine must open without it.
@@ -55,6 +58,15 @@ def _open_fake(config: EngineConfig) -> Engine:
         max_context_tokens=config.max_context_tokens or 4096,
         step_s=config.fake_step_ms / 1000,
     )
+
+
+def _check_fits_memory(pool_bytes: int) -> None:
+    """Pages are taken from the system when first written: a pool that can never be had would be
+    noticed, as a kill, in the middle of serving. Raises `ConfigError`.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if pool_bytes > memory:
+        raise ConfigError(f"pool_bytes {pool_bytes} is more than this machine's {memory} of memory")
 
 
 def layout_fingerprint(identity: bytes, geometry: str) -> bytes:

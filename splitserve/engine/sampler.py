@@ -18,6 +18,8 @@ from torch import Tensor
 
 from splitserve.engine.protocol import Draw, DrawnToken, Logprob
 
+_MOST_LOGIT = torch.finfo(torch.float32).max
+
 
 class Sampler:
     """Draws for one model. Holds no state between calls."""
@@ -79,7 +81,9 @@ def _penalise(row: Tensor, draw: Draw) -> None:
         seen = torch.tensor(sorted({*draw.prompt, *draw.output}), device=row.device)
         logits = row[seen]
         penalty = params.repetition_penalty
-        row[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        # The least penalties make infinite what two tokens then have the difference of.
+        row[seen] = penalised.clamp(-_MOST_LOGIT, _MOST_LOGIT)
     if draw.output and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(draw.output)
         tokens = torch.tensor(list(counts), device=row.device)
@@ -90,7 +94,9 @@ def _penalise(row: Tensor, draw: Draw) -> None:
 def _pick(row: Tensor, draw: Draw) -> int:
     """Draw by inverting the cumulative distribution of what truncation leaves."""
     params = draw.params
-    probs = torch.softmax(row.double() / params.temperature, dim=-1)
+    # The greatest is taken off first: divided by the least temperatures it would be infinite.
+    row = row.double()
+    probs = torch.softmax((row - row.max()) / params.temperature, dim=-1)
     if params.top_k or params.top_p < 1.0:
         probs = _truncate(probs, params.top_k, params.top_p)
     if params.min_p:
@@ -115,7 +121,7 @@ def _truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def _with_logprobs(row: Tensor, token: int, count: int) -> DrawnToken:
     logprobs = torch.log_softmax(row, dim=-1)
-    values, ids = logprobs.topk(count)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     top = tuple(Logprob(i, v) for i, v in pairs)
     return DrawnToken(token, float(logprobs[token]), top)

@@ -21,6 +21,8 @@ _MOST: Final = {
     "vocab_size": 1 << 22,
     "max_context_tokens": 1 << 27,
 }
+# So that a base or a factor and what is divided by it are numbers in fp32, too.
+_MOST_FACTOR: Final = 1e18
 
 
 @dataclass(frozen=True)
@@ -148,5 +150,5 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _check_at_least_one(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 1):
-        raise CheckpointError(f"{name} is {value}, must be a number of at least 1")
+    if not 1 <= value <= _MOST_FACTOR:
+        raise CheckpointError(f"{name} is {value}, must be 1 to {_MOST_FACTOR:.0e}")

@@ -92,6 +92,12 @@ METHODS_WITHOUT_SPANS = frozenset(
         # Called several times a second on behalf of no request.
         "/splitserve.v1.KvStoreService/RenewLeases",
         "/splitserve.v1.KvStoreService/GetStats",
+        # Once for many requests, or for a worker.
+        "/splitserve.v1.KvStoreService/ReleaseLeases",
+        "/splitserve.v1.KvStoreService/Connect",
+        # Once for each block: the spans `kv.write` and `kv.read` tell of all of a request's.
+        "/splitserve.v1.KvStoreService/WriteBlocks",
+        "/splitserve.v1.KvStoreService/ReadBlocks",
         "/grpc.health.v1.Health/Check",
         "/grpc.health.v1.Health/Watch",
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",

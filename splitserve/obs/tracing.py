@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -161,6 +163,16 @@ def inject(carrier: MutableMapping[str, str], context: Context | None = None) ->
 def extract(carrier: Mapping[str, str]) -> Context:
     """The context that `carrier` tells of. A missing or malformed one gives an empty context."""
     return _PROPAGATOR.extract(carrier, context=Context())
+
+
+@contextmanager
+def use_context(context: Context) -> Iterator[None]:
+    """What is called, logged and started inside belongs to the trace of `context`."""
+    token = otel_context.attach(context)
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
 
 
 def trace_context() -> dict[str, str]:

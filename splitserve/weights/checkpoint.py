@@ -47,6 +47,9 @@ class Checkpoint(Protocol):
         Raises `CheckpointError` if there is no such tensor or its shape is not `shape`.
         """
 
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises what `tensor` would, as far as the headers tell. Needs no torch."""
+
     def identity(self) -> bytes:
         """32 bytes that name the weights, equal on every host that has the same files."""
 

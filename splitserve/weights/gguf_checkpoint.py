@@ -40,6 +40,10 @@ class GgufCheckpoint:
         heads = self._permuted_heads(name)
         return undo_rope_permutation(tensor, heads) if heads else tensor
 
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        """See `Checkpoint.check_tensor`."""
+        find_tensor(self.path, self._tensors, name, shape).check_is_weights()
+
     def identity(self) -> bytes:
         """See `Checkpoint.identity`."""
         return weights_identity(self.config, self._tensors.values(), [self._file_bytes])

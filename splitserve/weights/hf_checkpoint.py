@@ -41,6 +41,10 @@ class HuggingFaceCheckpoint:
 
         return read_tensor(find_tensor(self.path, self._tensors, name, shape), dtype)
 
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        """See `Checkpoint.check_tensor`."""
+        find_tensor(self.path, self._tensors, name, shape).check_is_weights()
+
     def identity(self) -> bytes:
         """See `Checkpoint.identity`."""
         try:

@@ -16,6 +16,7 @@ from splitserve.weights.stored import StoredTensor, check_extents
 
 # The format's own cap.
 _MAX_HEADER_BYTES: Final = 100_000_000
+_MAX_NAME_CHARS: Final = 1024
 
 _ELEMENT_BYTES: Final[Mapping[str, int]] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHER_ELEMENT_BYTES: Final[Mapping[str, int]] = {
@@ -46,6 +47,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    if len(name) > _MAX_NAME_CHARS:
+        raise CheckpointError(
+            f"{path}: tensor {name[:80]!r}... has a name of {len(name)} characters"
+        )
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: tensor {name!r} is not described by an object")
     dtype: Any = entry.get("dtype")
@@ -55,7 +60,7 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if isinstance(dtype, str):
         element_bytes = _ELEMENT_BYTES.get(dtype) or _OTHER_ELEMENT_BYTES.get(dtype)
     if element_bytes is None:
-        raise CheckpointError(f"{path}: tensor {name!r} has unknown dtype {dtype!r}")
+        raise CheckpointError(f"{path}: tensor {name!r} has unknown dtype {str(dtype)[:80]!r}")
     if not _is_counts(shape):
         raise CheckpointError(f"{path}: tensor {name!r} has a shape that is no list of sizes")
     if not _is_counts(offsets) or len(offsets) != 2:

@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from splitserve.errors import CheckpointError
+
+PLAIN_TYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
+GGML_TYPES: Final = frozenset({"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"})
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class StoredTensor:
     def error(self, what: str) -> CheckpointError:
         """An error about this tensor that names it and its file."""
         return CheckpointError(f"{self.file}: tensor {self.name!r} {what}")
+
+    def check_is_weights(self) -> None:
+        """Raises `CheckpointError` for a type that holds no weights, or none that is known."""
+        if self.dtype not in PLAIN_TYPES | GGML_TYPES:
+            raise self.error(f"is of type {self.dtype}, which holds no plain weights")
 
     def read_into(self, out: memoryview, start: int = 0) -> None:
         """Fills `out` with the bytes from `start` on. Reads, not maps: no fault if it shrinks."""

@@ -17,7 +17,6 @@ _PLAIN: Final[Mapping[str, torch.dtype]] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_GGML_TYPES: Final = frozenset({"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"})
 
 
 def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -26,12 +25,11 @@ def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
     Rounds once, from the stored (or dequantised fp32) value. Raises `CheckpointError` for a stored
     type that holds no weights, and if the file cannot be read.
     """
+    stored.check_is_weights()
     if stored.dtype in _PLAIN:
         tensor = _read_bytes(stored).view(_PLAIN[stored.dtype]).reshape(stored.shape)
         return tensor.to(dtype)
-    if stored.dtype in _GGML_TYPES:
-        return _dequantize(stored).to(dtype)
-    raise stored.error(f"is of type {stored.dtype}, which holds no plain weights")
+    return _dequantize(stored).to(dtype)
 
 
 def undo_rope_permutation(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:

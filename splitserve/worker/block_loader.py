@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -112,7 +113,8 @@ class BlockLoader:
 
     `open_store` connects to the store that granted the lease. With `wait_for_writer` a block that
     nobody has reserved yet is waited for; without, only what is there or on its way is loaded.
-    `timeout_s` bounds the wait where neither the lease nor the request ends first.
+    `timeout_s` bounds the wait where neither the lease nor the request ends first. Make it in the
+    request's context: what it calls and logs belongs to the trace that is current there.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class BlockLoader:
         self._timeout_s = timeout_s
         self._copier = copier
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
         self._groups: list[_Group] = []
         self._cancelled: set[str] = set()
         self._prefill_done = asyncio.Event()
@@ -173,7 +176,7 @@ class BlockLoader:
                 return
         group = _Group([load], memoryview(bytearray(self._block_bytes)))
         self._groups.append(group)
-        group.task = self._loop.create_task(self._run(group))
+        group.task = self._loop.create_task(self._run(group), context=self._context.copy())
         # A callback, for a task that is cancelled before it began runs no `finally`.
         group.task.add_done_callback(lambda _: self._end(group))
 

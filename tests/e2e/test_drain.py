@@ -8,7 +8,7 @@ import signal
 from ..leftovers import nothing_held
 from ..load import Load, ask, check
 from ..suite import Suite
-from .tiers import AFTER_LEASE_S, ROUTER_FLAGS, start_tiers
+from .tiers import AFTER_LEASE_S, start_tiers
 
 DEADLINE_S = 20.0
 SLOW = ("--fake-step-ms", "5")
@@ -16,10 +16,8 @@ SLOW = ("--fake-step-ms", "5")
 
 async def test_tiers_that_drain_lose_no_request(suite: Suite) -> None:
     """One after the other they go; prompts are computed, and decoded, by whom is left."""
-    tiers = await start_tiers(suite, *SLOW)
-    other = await suite.decode(tiers.kvstore, *SLOW)
-    router = await suite.router([tiers.prefill], [tiers.decode, other], *ROUTER_FLAGS)
-    load = Load(router, clients=16, deadline_s=DEADLINE_S)
+    tiers = await start_tiers(suite, *SLOW, num_decode=2)
+    load = Load(tiers.router, clients=16, deadline_s=DEADLINE_S)
     async with load.running():
         for leaving in (tiers.decode, tiers.prefill, tiers.kvstore):
             served = load.ends["OK"]
@@ -28,7 +26,7 @@ async def test_tiers_that_drain_lose_no_request(suite: Suite) -> None:
         served = load.ends["OK"]
         await load.until(lambda: load.ends["OK"] >= served + 32)
     assert set(load.ends) == {"OK"}
-    await nothing_held(other, router, within_s=AFTER_LEASE_S)
+    await nothing_held(*tiers.spare, tiers.router, within_s=AFTER_LEASE_S)
 
 
 async def test_a_router_that_drains_finishes_its_streams(suite: Suite) -> None:
@@ -52,5 +50,6 @@ async def test_a_router_that_drains_finishes_its_streams(suite: Suite) -> None:
             answer = await task
             assert answer.status == "OK", answer.details
             check(answer, prompt, 100)
-    assert await suite.stop(tiers.router) == 0
+    async with asyncio.timeout(DEADLINE_S):
+        assert await tiers.router.process.wait() == 0
     await nothing_held(tiers.prefill, tiers.decode, tiers.kvstore, within_s=AFTER_LEASE_S)

@@ -47,13 +47,13 @@ async def cancel_at_every_stage(tiers: Tiers) -> None:
 
 
 async def ask_for_more_than_the_pool_holds(tiers: Tiers) -> None:
-    """32 x 22 pages are wanted and each worker has 256."""
+    """32 x 17 pages are wanted and each worker has 256."""
     async with tiers.router.channel() as channel:
         prompts = [prompt_of(number) for number in range(CLIENTS)]
-        answers = await asyncio.gather(*(ask(channel, p, 200, DEADLINE_S) for p in prompts))
+        answers = await asyncio.gather(*(ask(channel, p, 120, DEADLINE_S) for p in prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.status == "OK", answer.details
-        check(answer, prompt, 200)
+        check(answer, prompt, 120)
     assert (await tiers.decode.metrics())["splitserve_num_preemptions_total"] > 0
 
 

@@ -25,14 +25,16 @@ class Tiers:
     prefill: Service
     decode: Service
     router: Service
+    spare: list[Service]
+    """Further decode workers."""
 
     @property
     def all(self) -> tuple[Service, ...]:
-        return self.kvstore, self.prefill, self.decode, self.router
+        return self.kvstore, self.prefill, self.decode, *self.spare, self.router
 
     def named(self, tier: str) -> Service:
         """The service of a tier."""
-        return {service.tier: service for service in self.all}[tier]
+        return next(service for service in self.all if service.tier == tier)
 
 
 async def start_tiers(
@@ -41,15 +43,16 @@ async def start_tiers(
     decode_flags: tuple[str, ...] = (),
     router_flags: tuple[str, ...] = (),
     store_flags: tuple[str, ...] = (),
+    num_decode: int = 1,
 ) -> Tiers:
     """All four, ready. `worker_flags` go to prefill and decode."""
-    ports = [suite.free_port() for _ in range(3)]
-    store_at, prefill_at, decode_at = (f"127.0.0.1:{port}" for port in ports)
+    ports = [suite.free_port() for _ in range(2 + num_decode)]
+    store_at, prefill_at, *decodes_at = (f"127.0.0.1:{port}" for port in ports)
     # At once: they find each other whichever is first, and it halves the wait.
-    store, prefill, decode, router = await asyncio.gather(
+    store, prefill, router, decode, *spare = await asyncio.gather(
         suite.kvstore(*store_flags, port=ports[0]),
         suite.prefill(store_at, *worker_flags, port=ports[1]),
-        suite.decode(store_at, *worker_flags, *decode_flags, port=ports[2]),
-        suite.router([prefill_at], [decode_at], *ROUTER_FLAGS, *router_flags),
+        suite.router([prefill_at], decodes_at, *ROUTER_FLAGS, *router_flags),
+        *(suite.decode(store_at, *worker_flags, *decode_flags, port=port) for port in ports[2:]),
     )
-    return Tiers(store, prefill, decode, router)
+    return Tiers(store, prefill, decode, router, spare)

@@ -1,8 +1,8 @@
 """A client at the front door: a router process in front of real tiers, with a tokenizer of words.
 
-    async with front_door(Suite(directory)) as door:
-        error = await door.send(request)      # how a call ends, None for success
-        await door.assert_unharmed()          # it still serves, exactly, and holds nothing
+async with front_door(Suite(directory)) as door:
+    error = await door.send(request)      # how a call ends, None for success
+    await door.assert_unharmed()          # it still serves, exactly, and holds nothing
 """
 
 from __future__ import annotations

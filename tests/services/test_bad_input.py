@@ -33,6 +33,10 @@ from .front_door import (
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+INFERENCE = "splitserve.v1.InferenceService"
+LIST = f"/{INFERENCE}/ListModels"
+CONNECT = "/splitserve.v1.KvStoreService/Connect"
+
 OK = grpc.StatusCode.OK
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -75,9 +79,7 @@ def chat(*turns: tuple[str, str]) -> Request:
 def sampling_case(name: str, value: Any, *also: str) -> Case:
     """One field of SamplingParams out of its range."""
     shown = repr(value) if len(repr(value)) < 20 else f"{len(value)} of them"
-    return Case(
-        f"{name} {shown}", tokens(**{name: value}), INVALID, {f"sampling.{name}", *also}
-    )
+    return Case(f"{name} {shown}", tokens(**{name: value}), INVALID, {f"sampling.{name}", *also})
 
 
 NAN, INF = math.nan, math.inf
@@ -146,10 +148,10 @@ CALLS = [
     Case("truncated message", text("hello").SerializeToString()[:-3], INVALID, {"request"}),
     Case("text that is no UTF-8", b"\x12\x02\xff\xfe", INVALID, {"request"}),
     Case("groups without end", b"\x0b" * 10_000, INVALID, {"request"}),
-    Case("unknown method", b"", UNKNOWN_METHOD, method="/splitserve.v1.InferenceService/Nothing"),
+    Case("unknown method", b"", UNKNOWN_METHOD, method=f"/{INFERENCE}/Nothing"),
     Case("unknown service", b"", UNKNOWN_METHOD, method="/splitserve.v1.Nothing/Generate"),
-    Case("another tier's method", b"", UNKNOWN_METHOD, method="/splitserve.v1.KvStoreService/Connect"),
-    Case("no model for ListModels", b"\xff", INVALID, {"request"}, method="/splitserve.v1.InferenceService/ListModels"),
+    Case("another tier's method", b"", UNKNOWN_METHOD, method=CONNECT),
+    Case("no model for ListModels", b"\xff", INVALID, {"request"}, method=LIST),
 ]
 ACCEPTED = [
     Case("least of everything", tokens([0], max_tokens=1, min_p=0.0, logprobs=0), OK),
@@ -160,6 +162,7 @@ ACCEPTED = [
     Case("least penalty", tokens(repetition_penalty=5e-324), OK),
     Case("fields of a later version", tokens().SerializeToString() + b"\xf8\x7f\x01", OK),
 ]
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def door(

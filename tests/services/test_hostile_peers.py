@@ -123,15 +123,20 @@ def strange_leases(store: Service, silent_port: int, granted: Any) -> dict[str, 
         "no name": lease(store.address, "", granted.epoch),
         "nothing set": common_pb2.LeaseRef(),
         "nobody there": lease("127.0.0.1:1"),
+        "no store": lease(store.address.replace(str(store.port), str(store.metrics_port))),
         "silent": lease(f"127.0.0.1:{silent_port}"),
         "no such host": lease("nowhere.invalid:1"),
-        "no address": lease("not an address"),
-        "NUL": lease("127.0.0.1\0:1"),
-        "a file": lease("unix:///etc/passwd"),
-        "a scheme": lease("http://127.0.0.1:1/"),
-        "long": lease("x" * 100_000),
-        "long name": lease(store.address, "x" * 100_000, granted.epoch),
     }
+
+
+NO_LEASES = {
+    "no address": common_pb2.LeaseRef(lease_id="a", store_address="not an address"),
+    "NUL": common_pb2.LeaseRef(lease_id="a", store_address="127.0.0.1\0:1"),
+    "a file": common_pb2.LeaseRef(lease_id="a", store_address="unix:///etc/passwd"),
+    "a scheme": common_pb2.LeaseRef(lease_id="a", store_address="http://127.0.0.1:1/"),
+    "long": common_pb2.LeaseRef(lease_id="a", store_address="x" * 100_000 + ":1"),
+    "long name": common_pb2.LeaseRef(lease_id="x" * 100_000),
+}
 
 
 def prefill_request(request_id: str = "a", prompt: list[int] = PROMPT, **fields: Any) -> Any:
@@ -190,6 +195,7 @@ async def test_prefill_requests_that_cannot_be(suite: Suite) -> None:
         "n huge": many,
         "n 0": none,
         "token out of range": prefill_request(prompt=[2**32 - 1]),
+        **{f"lease: {name}": prefill_request(lease=lease) for name, lease in NO_LEASES.items()},
         "million tokens": prefill_request(prompt=[1] * 1_000_000),
     }
     async with prefill.channel() as channel:
@@ -223,6 +229,7 @@ async def test_commands_that_cannot_be_end_only_themselves(suite: Suite, attach:
             "max_tokens": None,
             "resume": [progress(token_ids=[1] * (CONTEXT - 10))],
         },
+        **{f"lease: {name}": {"lease": lease} for name, lease in NO_LEASES.items()},
         "resume of the unknown": {"resume": [progress(index=2**32 - 1)]},
     }
     for name, fields in refused.items():
@@ -277,51 +284,44 @@ async def test_calls_of_the_store_that_cannot_be(suite: Suite) -> None:
     huge = spec(key=key(1), size_bytes=2**63, num_tokens=16)
     commit = kv.BlockCommit(key=key(9), digest=b"d" * 16)
     fits_not = [spec(key=key(i), size_bytes=1 << 20, num_tokens=16) for i in range(2, 40)]
+    out_of_range, not_found = grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.NOT_FOUND
+    rows: list[tuple[str, Any, grpc.StatusCode]] = [
+        ("ReserveBlocks", kv.ReserveBlocksRequest(lease=stale, blocks=[good]), ENDED),
+        ("ReserveBlocks", kv.ReserveBlocksRequest(lease=lease, blocks=[huge]), INVALID),
+        ("ReserveBlocks", kv.ReserveBlocksRequest(lease=lease, blocks=fits_not), TOO_MUCH),
+        ("ReserveBlocks", kv.ReserveBlocksRequest(blocks=[good]), INVALID),
+        ("WriteBlocks", [part(lease=stale, key=key(0))], ENDED),
+        ("WriteBlocks", [part(key=key(0), data=b"x")], INVALID),
+        ("WriteBlocks", [part(lease=lease, key=key(0)[:31])], INVALID),
+        (
+            "WriteBlocks",
+            [part(lease=lease, key=key(0), offset_bytes=4096, data=b"x")],
+            out_of_range,
+        ),
+        ("WriteBlocks", [part(lease=lease, key=key(0)), part(key=key(7), data=b"y")], ENDED),
+        ("CommitBlocks", kv.CommitBlocksRequest(lease=stale, blocks=[commit]), ENDED),
+        ("CommitBlocks", kv.CommitBlocksRequest(lease=lease, blocks=[commit]), ENDED),
+        ("AbandonBlocks", kv.AbandonBlocksRequest(lease=stale, keys=[key(0)]), ENDED),
+        ("AbandonBlocks", kv.AbandonBlocksRequest(lease=lease, keys=[key(8)] * 3), OK),
+        ("AwaitBlocks", kv.AwaitBlocksRequest(lease=stale, keys=[key(0)]), ENDED),
+        ("AwaitBlocks", kv.AwaitBlocksRequest(lease=lease, keys=[key(8)] * 9), OK),
+        ("AwaitBlocks", kv.AwaitBlocksRequest(lease=lease, keys=[b""]), INVALID),
+        ("ReadBlocks", kv.ReadBlocksRequest(lease=lease, keys=[key(0)]), not_found),
+        ("LookupBlocks", kv.LookupBlocksRequest(keys=[key(0)] * 65_537), INVALID),
+        ("LookupBlocks", kv.LookupBlocksRequest(keys=[key(0)] * 1_000_000), TOO_MUCH),
+        ("GrantLease", kv.GrantLeaseRequest(owner="o" * 300, ttl_ms=10), INVALID),
+        ("RenewLeases", kv.RenewLeasesRequest(leases=[stale] * 9, ttl_ms=1000), OK),
+        ("ReleaseLeases", kv.ReleaseLeasesRequest(leases=[stale] * 9), OK),
+    ]
     async with store.channel() as channel:
         stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
         await stub.ReserveBlocks(kv.ReserveBlocksRequest(lease=lease, blocks=[good]), timeout=5)
         before = await control.stats()
-
-        def write(*parts: kvstore_pb2.WriteBlocksRequest) -> Any:
-            return stub.WriteBlocks(list(parts), timeout=5)
-
-        expected = [
-            (stub.ReserveBlocks(kv.ReserveBlocksRequest(lease=stale, blocks=[good])), ENDED),
-            (stub.ReserveBlocks(kv.ReserveBlocksRequest(lease=lease, blocks=[huge])), INVALID),
-            (stub.ReserveBlocks(kv.ReserveBlocksRequest(lease=lease, blocks=fits_not)), TOO_MUCH),
-            (stub.ReserveBlocks(kv.ReserveBlocksRequest(blocks=[good])), INVALID),
-            (write(part(lease=stale, key=key(0))), ENDED),
-            (write(part(key=key(0), data=b"x")), INVALID),
-            (write(part(lease=lease, key=key(0)[:31])), INVALID),
-            (
-                write(part(lease=lease, key=key(0), offset_bytes=4096, data=b"x")),
-                grpc.StatusCode.OUT_OF_RANGE,
-            ),
-            (write(part(lease=lease, key=key(0), data=b"x"), part(key=key(7), data=b"y")), ENDED),
-            (stub.CommitBlocks(kv.CommitBlocksRequest(lease=stale, blocks=[commit])), ENDED),
-            (stub.CommitBlocks(kv.CommitBlocksRequest(lease=lease, blocks=[commit])), ENDED),
-            (stub.AbandonBlocks(kv.AbandonBlocksRequest(lease=stale, keys=[key(0)])), ENDED),
-            (stub.AbandonBlocks(kv.AbandonBlocksRequest(lease=lease, keys=[key(8)] * 3)), OK),
-            (stub.AwaitBlocks(kv.AwaitBlocksRequest(lease=stale, keys=[key(0)])), ENDED),
-            (stub.AwaitBlocks(kv.AwaitBlocksRequest(lease=lease, keys=[key(8)] * 9)), OK),
-            (stub.AwaitBlocks(kv.AwaitBlocksRequest(lease=lease, keys=[b""])), INVALID),
-            (
-                stub.ReadBlocks(kv.ReadBlocksRequest(lease=lease, keys=[key(0)])),
-                grpc.StatusCode.NOT_FOUND,
-            ),
-            (stub.LookupBlocks(kv.LookupBlocksRequest(keys=[key(0)] * 65_537)), INVALID),
-            (stub.LookupBlocks(kv.LookupBlocksRequest(keys=[key(0)] * 1_000_000)), TOO_MUCH),
-            (stub.GrantLease(kv.GrantLeaseRequest(owner="o" * 300, ttl_ms=10)), INVALID),
-            (stub.RenewLeases(kv.RenewLeasesRequest(leases=[stale] * 9, ttl_ms=1000)), OK),
-            (stub.ReleaseLeases(kv.ReleaseLeasesRequest(leases=[stale] * 9)), OK),
-        ]
-        for index, (call, code) in enumerate(expected):
-            assert await code_of(call) is code, index
-    assert await control.stats() == before
-    await control.release([(await control.grant_lease("x", 100))])
-    released = kv.ReleaseLeasesRequest(leases=[lease])
-    async with store.channel() as channel:
-        await kvstore_pb2_grpc.KvStoreServiceStub(channel).ReleaseLeases(released, timeout=5)
+        for index, (method, request, code) in enumerate(rows):
+            call = getattr(stub, method)(request, timeout=5)
+            assert await code_of(call) is code, (index, method)
+        assert await control.stats() == before
+        await stub.ReleaseLeases(kv.ReleaseLeasesRequest(leases=[lease]), timeout=5)
 
     async def empty() -> bool:
         stats = await control.stats()

@@ -140,6 +140,7 @@ async def test_drain_answers_what_it_has(suite, prefill, stub):
         (("--engine", "torch"), "--model"),
         (("--engine", "fake", "--max-batch", "64", "--max-step-tokens", "64"), "--max-step-tokens"),
         (("--engine", "fake", "--pool-bytes", "none"), "--pool-bytes"),
+        (("--engine", "fake", "--pool-bytes", str(10**15)), "pool_bytes"),
     ],
 )
 async def test_what_cannot_start_says_why_in_one_line(flags, named):

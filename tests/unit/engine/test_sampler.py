@@ -141,3 +141,19 @@ def test_uniform_is_uniform() -> None:
     values = [uniform(7, 0, index) for index in range(4000)]
     assert sum(values) / 4000 == pytest.approx(0.5, abs=0.02)
     assert max(Counter(int(v * 10) for v in values).values()) < 480
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(temperature=5e-324), SamplingParams(repetition_penalty=5e-324, top_p=0.9)],
+)
+def test_the_least_values_leave_numbers(params: SamplingParams) -> None:
+    row = torch.full((VOCAB,), -5.0)
+    row[2], row[9] = 4.0, 3.0
+    assert tokens(row, params, 3) == [2] * 3
+
+
+def test_more_log_probabilities_than_tokens() -> None:
+    few = Sampler(frozenset({EOS}))
+    [drawn] = few.draw(torch.zeros(1, 4), [draw(SamplingParams(temperature=0, logprobs=20))])
+    assert len(drawn.top) == 4

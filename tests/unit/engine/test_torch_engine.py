@@ -7,74 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitserve.engine.attention import BatchedAttention, RowwiseAttention
 from splitserve.engine.core import CoreConfig, EngineCore
-from splitserve.engine.page_memory import PageMemory
-from splitserve.engine.protocol import Draw, DrawnToken, EngineSpec, Slice
+from splitserve.engine.protocol import Draw, DrawnToken, Slice
 from splitserve.engine.sequence import Sequence
 from splitserve.engine.torch_engine import TorchEngine
-from splitserve.models.config import ModelConfig
-from splitserve.models.decoder import Decoder, DecoderWeights, LayerWeights
-from splitserve.models.linear import choose_linear
 from splitserve.sampling import SamplingParams
 
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    hidden_size=48,
-    intermediate_size=80,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=120,
-    max_context_tokens=512,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-)
-CPU = torch.device("cpu")
-
-
-def random_weights(dtype: torch.dtype, deterministic: bool) -> DecoderWeights:
-    generator = torch.Generator().manual_seed(5)
-
-    def make(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
-
-    linear = choose_linear(dtype, CPU, deterministic=deterministic)
-
-    def layer() -> LayerWeights:
-        return LayerWeights(
-            input_norm=1 + make(48),
-            qkv=linear(make(80, 48), make(80)),
-            attention_out=linear(make(48, 48), None),
-            mlp_norm=1 + make(48),
-            gate_up=linear(make(160, 48), None),
-            down=linear(make(48, 80), None),
-        )
-
-    layers = [layer() for _ in range(3)]
-    return DecoderWeights(make(120, 48) * 7, layers, 1 + make(48), linear(make(120, 48) * 3, None))
-
-
-def make_engine(
-    *, dtype: torch.dtype = torch.float32, deterministic: bool = False, num_pages: int = 64
-) -> TorchEngine:
-    memory = PageMemory(CONFIG, num_pages, 4, dtype, CPU)
-    spec = EngineSpec(
-        fingerprint=b"tiny",
-        vocab_size=120,
-        max_context_tokens=512,
-        eos_token_ids=frozenset(),
-        num_layers=3,
-        layer_group=2,
-        block_tokens=4,
-        block_bytes=3 * 2 * 4 * 2 * 8 * dtype.itemsize,
-        num_pages=num_pages,
-    )
-    model = Decoder(CONFIG, random_weights(dtype, deterministic))
-    attention = RowwiseAttention(memory) if deterministic else BatchedAttention(memory)
-    return TorchEngine(spec, model, memory, attention)
-
+from ...tiny_model import make_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, logprobs=120)
 

@@ -96,6 +96,18 @@ async def test_the_end_is_merged_into_what_waits() -> None:
     assert second.error.message == "late"
 
 
+async def test_why_a_choice_ended_is_not_overwritten() -> None:
+    """A `Start` that crosses the deadline on its way is answered NOT_FOUND."""
+    outbox = Outbox(100)
+    outbox.put(1, delta("a", 0, 4))
+    outbox.put(0, delta("a", 0, error=decode_pb2.SequenceError(code=4, message="late")))
+    outbox.put(0, delta("a", 0, error=decode_pb2.SequenceError(code=5, message="unknown")))
+    message = await outbox.take()
+    assert message is not None
+    assert [token.id for token in message.deltas[0].tokens] == [4]
+    assert message.deltas[0].error.message == "late"
+
+
 async def test_a_backlog_is_bounded() -> None:
     outbox = Outbox(10)
     for index in range(9):

@@ -86,3 +86,17 @@ async def test_each_store_is_connected_once_and_only_home_hears_of_the_pool() ->
     assert network.attempts == 2
     await stores.close()
     assert all(client.closed for client in network.clients)
+
+
+async def test_who_gives_up_leaves_the_connection_to_the_others():
+    network = Network(HOME, OTHER)
+    stores = Stores(HOME, network.connect)
+    lease = Lease("lease", 1, OTHER)
+    impatient = asyncio.create_task(stores.open(lease))
+    patient = asyncio.create_task(stores.open(lease))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    assert (await patient).advertised_address == OTHER
+    assert network.attempts == 1
+    await stores.close()
+    assert [client.closed for client in network.clients] == [True]
