@@ -53,7 +53,8 @@ bench: install model ## replay a chat workload against the in-process engine
 ##@ Check
 
 .PHONY: check
-check: install lint types unit ## lint, types and unit tests: under a minute
+check: install model lint types ## lint, types and unit tests: under a minute
+	$(BIN)/pytest tests/unit -m "not slow"
 
 .PHONY: test
 test: install model lint types protos-check unit services kernels e2e k8s ## every check there is

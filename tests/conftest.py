@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from splitserve.engine.threads import yield_cores_when_waiting
+
 from .suite import Suite
+
+# Before any test imports torch: tests share their cores with the services they start.
+yield_cores_when_waiting()
 
 FAILED = pytest.StashKey[bool]()
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from splitserve.engine.fake import FakeEngine
 from splitserve.engine.protocol import Engine, EngineSpec
+from splitserve.engine.threads import yield_cores_when_waiting
 from splitserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,6 +43,7 @@ def open_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
         _check_fits_memory(config.pool_bytes)
     if config.kind == "fake":
         return _open_fake(config)
+    yield_cores_when_waiting()
     # Only workers have torch installed; the fake engine must open without it.
     from splitserve.engine.torch_factory import open_torch_engine
 

@@ -49,6 +49,12 @@ class PageMemory:
         self._token_rows.index_copy_(0, first, keys)
         self._token_rows.index_copy_(0, first + self.block_tokens, values)
 
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer where they are: views of shape (pages, block_tokens,
+        kv_heads, head_dim).
+        """
+        return [(self._pool[:, i, 0], self._pool[:, i, 1]) for i in range(self._layers)]
+
     def gather(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages: each (sequences, kv_heads, pages * block_tokens,
         head_dim) for a page table of shape (sequences, pages), int64.

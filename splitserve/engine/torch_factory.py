@@ -31,9 +31,7 @@ def open_torch_engine(config: EngineConfig, *, show_progress: bool) -> TorchEngi
     model = _load_model(checkpoint, device, dtype, config.deterministic, show_progress)
     spec = _spec(config, shape, checkpoint.identity(), dtype)
     memory = PageMemory(shape, spec.num_pages, spec.block_tokens, dtype, device)
-    attention: Attention = (
-        RowwiseAttention(memory) if config.deterministic else BatchedAttention(memory)
-    )
+    attention = _attention(memory, device, config.deterministic)
     return TorchEngine(spec, model, memory, attention)
 
 
@@ -77,6 +75,18 @@ def _spec(
         block_bytes=page_bytes,
         num_pages=pages_in(config.pool_bytes, page_bytes),
     )
+
+
+def _attention(memory: PageMemory, device: torch.device, deterministic: bool) -> Attention:
+    if deterministic:
+        return RowwiseAttention(memory)
+    if device.type != "cuda":
+        return BatchedAttention(memory)
+    # Only machines with a GPU have triton.
+    from splitserve.engine.triton_attention import TritonAttention
+
+    properties = torch.cuda.get_device_properties(device)
+    return TritonAttention(memory, properties.multi_processor_count)
 
 
 def _device(name: str) -> torch.device:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from splitserve.engine.core import CoreStats, EngineCore
 from splitserve.engine.factory import open_engine
 from splitserve.engine.protocol import Engine
-from splitserve.engine.threads import yield_cores_when_waiting
 from splitserve.kv.client import KvStoreClient
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout
@@ -109,7 +108,6 @@ async def open_worker(tier: str, config: WorkerConfig, *, prefill: bool) -> Asyn
     """
     if config.nice:
         os.nice(config.nice)
-    yield_cores_when_waiting()
     engine = open_engine(config.engine_config)
     worker_id = config.worker_id or f"{tier}-{uuid.uuid4().hex[:12]}"
     async with contextlib.AsyncExitStack() as stack:
