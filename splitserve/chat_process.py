@@ -23,7 +23,9 @@ _START_TIME_S: Final = 30.0
 class ChatProcess:
     """Renders one template, one conversation at a time, for the event loop it is used on.
 
-    The child starts with the first conversation (or `start`) and again after it had to die.
+    The child starts with the first conversation (or `start`) and again after it had to die. It
+    is shared, so a caller that is cancelled leaves it alone: what was begun for it is carried to
+    its end, within the bounds, and thrown away.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class ChatProcess:
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
         }
-        async with self._turn:
-            child = await self._running_child()
-            response = await self._exchange(child, request, self._time_s + 1)
+        await self._turn.acquire()
+        # The turn ends with the exchange, not with a caller that may be gone before.
+        exchange = asyncio.create_task(self._render(request))
+        exchange.add_done_callback(self._end_turn)
+        response = await asyncio.shield(exchange)
         if response is None:
             raise InvalidRequest.single(
                 "chat",
@@ -73,6 +77,16 @@ class ChatProcess:
         """Ends the child. Idempotent."""
         async with self._turn:
             await self._kill()
+
+    async def _render(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        child = await self._running_child()
+        return await self._exchange(child, request, self._time_s + 1)
+
+    def _end_turn(self, exchange: asyncio.Task[dict[str, Any] | None]) -> None:
+        self._turn.release()
+        if not exchange.cancelled():
+            # Marks a failure that nobody waits for any more as seen.
+            exchange.exception()
 
     async def _running_child(self) -> asyncio.subprocess.Process:
         if self._child is not None and self._child.returncode is None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import secrets
+import sys
 from collections import abc
 from types import TracebackType
 from typing import TypeAlias, cast
@@ -36,6 +37,10 @@ Prompt: TypeAlias = str | abc.Sequence[int]
 
 Conversation: TypeAlias = abc.Sequence[abc.Mapping[str, str]]
 """Messages with a role and a content, oldest first."""
+
+
+_UNBOUNDED = sys.maxsize
+"""A library's caller may queue what it likes; admission control is a server's business."""
 
 
 class LLM:
@@ -83,7 +88,9 @@ class LLM:
         self._ids = itertools.count()
         self._core = EngineCore(
             engine,
-            CoreConfig(max_batch, max_step_tokens, reuse_prefixes=reuse_prefixes),
+            CoreConfig(
+                max_batch, max_step_tokens, max_queue=_UNBOUNDED, reuse_prefixes=reuse_prefixes
+            ),
             dispatch,
         )
         self._core.start()

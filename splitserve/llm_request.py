@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import abc
+from collections import abc, deque
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -11,6 +12,7 @@ from splitserve.detokenizer import IncrementalDetokenizer
 from splitserve.engine.core import EngineCore
 from splitserve.engine.protocol import DrawnToken, Logprob
 from splitserve.engine.sequence import Sequence, SequenceOutput
+from splitserve.errors import SplitserveError
 from splitserve.outputs import ChoiceDelta, OutputDelta, PositionLogprobs, Timings, Usage
 from splitserve.sampling import FinishReason, SamplingParams
 from splitserve.tokenizer import Tokenizer
@@ -20,21 +22,21 @@ Inbox = SimpleQueue[SequenceOutput]
 
 @dataclass(eq=False, kw_only=True)
 class ChoiceSequence(Sequence):
-    """A sequence that knows where its request listens."""
+    """A sequence that knows whose it is."""
 
-    inbox: Inbox
+    request: Request
 
 
 def dispatch(step: int, outputs: abc.Sequence[SequenceOutput]) -> None:
     """A `StepListener` that hands each output to its request."""
     for output in outputs:
         if isinstance(output.sequence, ChoiceSequence):
-            output.sequence.inbox.put(output)
+            output.sequence.request.hear(output)
 
 
 class Request:
-    """Submits the first choice alone and the others after its first token, so that these find
-    the prompt's KV instead of computing it n times.
+    """Submits the first choice alone and the others as soon as its first token is drawn, so that
+    these find the prompt's KV instead of computing it n times.
     """
 
     def __init__(
@@ -55,21 +57,30 @@ class Request:
             IncrementalDetokenizer(tokenizer, params.stop) if tokenizer else None
             for _ in range(params.n)
         ]
-        self._live: set[int] = set()
-        self._submitted = 0
+        self._live = set(range(params.n))
         self._num_tokens = 0
-        self._first: Sequence | None = None
+        self._sequences = [self._sequence(choice) for choice in range(params.n)]
+        self._unsubmitted = deque(self._sequences)
+        self._submitting = threading.Lock()
         self._began_ns = time.time_ns()
 
     def submit(self) -> None:
         """Queue the first choice."""
-        self._submit_next()
+        self._core.submit(self._unsubmitted.popleft())
 
     def abort(self) -> None:
         """End whatever is still running. Does nothing after the last delta."""
+        with self._submitting:
+            self._unsubmitted.clear()
         for choice in self._live:
-            self._core.abort(self._sequence_id(choice))
+            self._core.abort(self._sequences[choice].id)
         self._live.clear()
+
+    def hear(self, output: SequenceOutput) -> None:
+        """Take an output of one choice. Called on the engine's thread."""
+        if not output.error:
+            self._submit_others()
+        self._inbox.put(output)
 
     def deltas(self) -> abc.Iterator[OutputDelta]:
         """What is new, as it comes, until every choice has ended. Raises a choice's error."""
@@ -81,8 +92,6 @@ class Request:
             if output.sequence.choice not in self._live:
                 continue
             delta = self._take(output)
-            while self._submitted < self._params.n:
-                self._submit_next()
             last = not self._live
             yield OutputDelta(
                 request_id=self.id,
@@ -93,20 +102,24 @@ class Request:
             )
             seed = None
 
-    def _submit_next(self) -> None:
-        choice = self._submitted
-        sequence = ChoiceSequence(
-            id=self._sequence_id(choice),
+    def _submit_others(self) -> None:
+        with self._submitting:
+            while self._unsubmitted:
+                sequence = self._unsubmitted.popleft()
+                try:
+                    self._core.submit(sequence)
+                except SplitserveError as error:
+                    self._inbox.put(SequenceOutput(sequence, 0, (), error=error))
+
+    def _sequence(self, choice: int) -> ChoiceSequence:
+        return ChoiceSequence(
+            id=f"{self.id}/{choice}",
             prompt=self.prompt,
             params=self._params,
             seed=self._params.seed or 0,
             choice=choice,
-            inbox=self._inbox,
+            request=self,
         )
-        self._first = self._first or sequence
-        self._core.submit(sequence)
-        self._submitted += 1
-        self._live.add(choice)
 
     def _take(self, output: SequenceOutput) -> ChoiceDelta:
         choice, tokens, reason = output.sequence.choice, output.tokens, output.finish_reason
@@ -116,7 +129,7 @@ class Request:
             text, tokens = delta.text, tokens[: delta.num_tokens]
             if delta.stopped:
                 if reason is None:
-                    self._core.abort(self._sequence_id(choice))
+                    self._core.abort(output.sequence.id)
                 reason = FinishReason.STOP
             elif reason:
                 text += detokenizer.finish()
@@ -132,16 +145,11 @@ class Request:
             finish_reason=reason.value if reason else None,
         )
 
-    def _sequence_id(self, choice: int) -> str:
-        return f"{self.id}/{choice}"
-
     def _usage(self) -> Usage:
-        cached = self._first.num_cached if self._first else 0
-        return Usage(len(self.prompt), cached, self._num_tokens)
+        return Usage(len(self.prompt), self._sequences[0].num_cached, self._num_tokens)
 
     def _timings(self) -> Timings:
-        first, now = self._first, time.time_ns()
-        assert first is not None, "a request that has ended was submitted"
+        first, now = self._sequences[0], time.time_ns()
         return Timings(
             time_to_first_token_ms=(first.first_token_ns - self._began_ns) / 1e6,
             total_ms=(now - self._began_ns) / 1e6,

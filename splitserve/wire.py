@@ -14,11 +14,11 @@ import grpc
 from splitserve.engine.protocol import DrawnToken, Logprob
 from splitserve.errors import (
     BlockCorrupt,
+    BlockNotFound,
     DeadlineExceeded,
     FieldViolation,
     InvalidRequest,
     LeaseEnded,
-    ModelNotFound,
     Overloaded,
     RequestCancelled,
     SplitserveError,
@@ -167,7 +167,8 @@ def error_from_proto(message: decode_pb2.SequenceError) -> SplitserveError:
         case grpc.StatusCode.INVALID_ARGUMENT:
             return InvalidRequest([FieldViolation("request", message.message)])
         case grpc.StatusCode.NOT_FOUND:
-            return ModelNotFound(message.message)
+            # The model was checked at the front door; what a worker misses is KV or a sequence.
+            return BlockNotFound(message.message)
         case grpc.StatusCode.UNAUTHENTICATED:
             return Unauthenticated(message.message)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:

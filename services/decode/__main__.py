@@ -40,10 +40,7 @@ async def serve(config: DecodeConfig) -> None:
 
 
 def _loader(worker: Worker, submission: Submission) -> BlockLoader | None:
-    """Where the prompt's KV comes from; None if this worker computes it.
-
-    For a resumed request nobody writes any more: only what the store has already is loaded.
-    """
+    """Where the prompt's KV comes from; None if this worker computes it."""
     if submission.lease is None:
         return None
     with use_context(submission.parent), bind_request_id(submission.request_id):
@@ -53,7 +50,7 @@ def _loader(worker: Worker, submission: Submission) -> BlockLoader | None:
             insert_page=worker.engine.insert_page,
             loaded=worker.core.loaded,
             block_bytes=worker.engine.spec.block_bytes,
-            wait_for_writer=not submission.resumed,
+            wait_for_writer=True,
             timeout_s=submission.deadline_s or LONGEST_LOAD_S,
             copier=worker.copier,
         )

@@ -68,7 +68,6 @@ class Recorder:
             names.KV_TRANSPORT: stats.transport,
             names.KV_LEASE_ID: lease.lease_id if lease else "",
         }
-        self._metrics.kv_transfer_bytes.labels(stats.transport, "read").inc(stats.num_bytes)
         corrupt = Status(StatusCode.ERROR, "DATA_LOSS") if stats.num_corrupt else None
         ended = stats.ended_ns or time.time_ns()
         self._span(request, names.SPAN_KV_READ, stats.began_ns, ended, attributes, corrupt)

@@ -77,15 +77,21 @@ class Session:
 
     def handle(self, command: decode_pb2.AttachRequest) -> None:
         """Carry out one command. What fails ends its own request only."""
-        match command.WhichOneof("command"):
-            case "submit":
-                self._submit(command.submit)
-            case "start":
-                self._start(command.start)
-            case "cancel":
-                self._cancel(command.cancel)
-            case _:
-                _log.warning("an empty command was ignored")
+        try:
+            match command.WhichOneof("command"):
+                case "submit":
+                    self._submit(command.submit)
+                case "start":
+                    self._start(command.start)
+                case "cancel":
+                    self._cancel(command.cancel)
+                case _:
+                    _log.warning("an empty command was ignored")
+        except SplitserveError as error:
+            self._give_up(command, error)
+        except Exception:
+            _log.exception("a command failed; its request ends")
+            self._give_up(command, SplitserveError("the decode worker failed; see its log"))
 
     def finish(self) -> None:
         """Take no more requests; end the stream once those that live have ended."""
@@ -111,6 +117,19 @@ class Session:
             self._bench.recorder.refused(error.code)
             self._report_refusal(message, error)
 
+    def _give_up(self, command: decode_pb2.AttachRequest, error: SplitserveError) -> None:
+        """Ends the request of a command that failed half-way, whether it lives yet or not."""
+        kind = command.WhichOneof("command")
+        request_id = getattr(command, kind).request_id if kind else ""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._fail(live, error)
+        elif command.HasField("submit"):
+            self._bench.recorder.refused(error.code)
+            self._report_refusal(command.submit, error)
+        else:
+            self._report(request_id, range(1), error)
+
     def _check_unused(self, request_id: str) -> None:
         """A name that is used twice tells nobody's news apart: both requests end."""
         other = self._live.get(request_id)
@@ -127,7 +146,7 @@ class Session:
             for choice, output in submission.outputs.items():
                 sequence_id = f"{submission.request_id}#{serial}.{choice}"
                 self._admit_choice(request, sequence_id, choice, list(output))
-        except SplitserveError:
+        except Exception:
             self._drop(request, list(request.choices))
             del self._live[request.request_id]
             raise
@@ -152,7 +171,7 @@ class Session:
         self._bench.relay.subscribe(sequence_id, partial(self._on_output, request, choice))
         try:
             self._bench.core.submit(sequence)
-        except SplitserveError:
+        except Exception:
             self._bench.relay.unsubscribe(sequence_id)
             raise
         request.choices[choice] = sequence

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from opentelemetry.context import Context
 
 from splitserve import wire
-from splitserve.errors import DeadlineExceeded, FieldViolation, InvalidRequest
+from splitserve.errors import FieldViolation, InvalidRequest
 from splitserve.kv.layout import Lease
 from splitserve.obs import tracing
 from splitserve.sampling import SamplingLimits, SamplingParams, check_prompt
@@ -20,8 +18,8 @@ from splitserve.v1 import decode_pb2
 class Submission:
     """One request as a decode worker takes it on.
 
-    `outputs` has the output so far of each choice that is to be computed. `resumed` requests go
-    on after their first worker was lost. `deadline_s` is seconds from now, None for no deadline.
+    `outputs` has the output so far of each choice that is to be computed. `deadline_s` is seconds
+    from now, None for no deadline.
     """
 
     request_id: str
@@ -31,26 +29,23 @@ class Submission:
     cache_salt: bytes
     lease: Lease | None
     outputs: dict[int, list[int]]
-    resumed: bool
     parent: Context
     deadline_s: float | None
 
     @property
     def awaits_first_tokens(self) -> bool:
         """Whether a prefill worker draws the first tokens."""
-        return self.lease is not None and not self.resumed
+        return self.lease is not None
 
 
 def parse(
     message: decode_pb2.Submit,
     limits: SamplingLimits,
-    now_s: Callable[[], float] = time.time,
 ) -> Submission:
     """Check a Submit.
 
     Raises:
         InvalidRequest: a field is missing or out of range; every one is named.
-        DeadlineExceeded: the deadline has passed already.
     """
     prompt = list(message.prompt_token_ids)
     params = _bounded(wire.sampling_from_proto(message.sampling), len(prompt), limits)
@@ -63,11 +58,10 @@ def parse(
         params=params,
         seed=seed,
         cache_salt=message.cache_salt,
-        lease=wire.lease_from_proto(message.lease) if message.HasField("lease") else None,
+        lease=_lease(message),
         outputs=_outputs(message, params, limits),
-        resumed=bool(message.resume),
         parent=tracing.extract(message.trace_context),
-        deadline_s=_deadline_s(message.deadline_unix_ms, now_s()),
+        deadline_s=message.timeout_ms / 1000 if message.timeout_ms else None,
     )
 
 
@@ -76,6 +70,14 @@ def _bounded(params: SamplingParams, prompt_tokens: int, limits: SamplingLimits)
     if params.max_tokens is not None:
         return params
     return replace(params, max_tokens=max(1, limits.max_context_tokens - prompt_tokens))
+
+
+def _lease(message: decode_pb2.Submit) -> Lease | None:
+    if not message.HasField("lease"):
+        return None
+    if message.resume:
+        raise InvalidRequest.single("resume", "must be empty with a lease: it is computed here")
+    return wire.lease_from_proto(message.lease)
 
 
 def _outputs(
@@ -104,12 +106,3 @@ def _outputs(
     if not outputs:
         raise InvalidRequest.single("resume", "every choice has finished; nothing is left to do")
     return outputs
-
-
-def _deadline_s(deadline_unix_ms: int, now_s: float) -> float | None:
-    if deadline_unix_ms == 0:
-        return None
-    left_s = deadline_unix_ms / 1000 - now_s
-    if left_s <= 0:
-        raise DeadlineExceeded("the deadline had passed when the decode worker got the request")
-    return left_s

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
-from services.kvstore.blocks import Block
+from services.kvstore.block import Block
 from splitserve.errors import LeaseEnded, Overloaded
 
 Decided = tuple[list[Block], list[bytes]]

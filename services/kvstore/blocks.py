@@ -10,6 +10,8 @@ Invariants:
 * a reserved block has a writer, which is one of its holders; a committed one has a digest;
 * a block is at rest if and only if it is committed and nobody holds it, and only such a block is
   evicted;
+* a damaged block leaves the table at once, but its extent is free only when its last holder, who
+  may be copying it, is gone;
 * partial blocks never rest: no other prompt can have their key but the very same one, so they are
   dropped with their last hold.
 
@@ -20,48 +22,11 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
+from services.kvstore.block import Block, Reserved, ReserveOutcome
 from services.kvstore.space import Extent, Space, round_up
 from splitserve.errors import BlockNotFound, InvalidRequest, LeaseEnded, Overloaded
 from splitserve.kv.layout import WRITE_GRACE_S, BlockSpec
-
-
-class ReserveOutcome(Enum):
-    """What became of one block of a reservation."""
-
-    WRITE = "write"
-    PRESENT = "present"
-    BEING_WRITTEN = "being written"
-
-
-@dataclass(slots=True)
-class Block:
-    """One block. `writer` is set while it is reserved, `digest` once it is committed."""
-
-    key: bytes
-    extent: Extent
-    size_bytes: int
-    num_tokens: int
-    may_rest: bool
-    writer: str | None
-    digest: bytes = b""
-    holders: set[str] = field(default_factory=set)
-
-    @property
-    def committed(self) -> bool:
-        """Whether readers may see it."""
-        return self.writer is None
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    """The answer for one block: what to do, and where in the arena it is."""
-
-    outcome: ReserveOutcome
-    block: Block
-
 
 BlockListener = Callable[[Block], None]
 
@@ -94,6 +59,8 @@ class BlockTable:
         self._blocks: dict[bytes, Block] = {}
         # Insertion order is the order a lease came to hold them in: a prompt's, front to back.
         self._held_by: dict[str, dict[bytes, None]] = {}
+        # Damaged blocks that left the table, until the leases that hold them end.
+        self._damaged_held_by: dict[str, list[Block]] = {}
         self._resting: OrderedDict[bytes, Block] = OrderedDict()
         self._resting_bytes = 0
         # (when it may be reused, extent), in order of time.
@@ -178,6 +145,23 @@ class BlockTable:
             if block is not None and block.writer == lease_id:
                 self._drop(block)
 
+    def drop_damaged(self, lease_id: str, key: bytes, digest: bytes) -> bool:
+        """Takes a damaged block out of the table, so that its key can be reserved anew.
+
+        False: the lease does not hold a committed block of this key and digest, and none is
+        dropped; the report came late.
+        """
+        block = self._blocks.get(key)
+        if block is None or not block.committed or block.digest != digest:
+            return False
+        if lease_id not in block.holders:
+            return False
+        self._unlink(block)
+        for holder in block.holders:
+            self._damaged_held_by.setdefault(holder, []).append(block)
+        self._on_dropped(block)
+        return True
+
     def hold(self, lease_id: str, key: bytes) -> Block | None:
         """Holds a block for the lease, reserved or committed. None: there is no such block."""
         block = self._blocks.get(key)
@@ -204,6 +188,10 @@ class BlockTable:
                 self._drop(block)
             elif not block.holders:
                 self._rest(block)
+        for block in self._damaged_held_by.pop(lease_id, ()):
+            block.holders.discard(lease_id)
+            if not block.holders:
+                self._space.release(block.extent)
 
     def reclaim(self) -> None:
         """Frees quarantined space whose grace is over."""
@@ -291,11 +279,7 @@ class BlockTable:
 
     def _drop(self, block: Block) -> None:
         """Takes a block out of the table and gives its space back, at once or after the grace."""
-        del self._blocks[block.key]
-        if self._resting.pop(block.key, None) is not None:
-            self._resting_bytes -= block.extent.size_bytes
-        for lease_id in block.holders:
-            self._held_by.get(lease_id, {}).pop(block.key, None)
+        self._unlink(block)
         if block.committed:
             self._space.release(block.extent)
         else:
@@ -304,3 +288,10 @@ class BlockTable:
             self.num_reserved -= 1
             self._quarantine.append((self._clock() + WRITE_GRACE_S, block.extent))
         self._on_dropped(block)
+
+    def _unlink(self, block: Block) -> None:
+        del self._blocks[block.key]
+        if self._resting.pop(block.key, None) is not None:
+            self._resting_bytes -= block.extent.size_bytes
+        for lease_id in block.holders:
+            self._held_by.get(lease_id, {}).pop(block.key, None)

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from splitserve.errors import Overloaded
+_log = logging.getLogger(__name__)
 
 
 class Directory(Protocol):
@@ -28,7 +29,10 @@ class Directory(Protocol):
         """Begins to take in a holder's blocks."""
 
     def update(self, token: object, added: Iterable[bytes], removed: Iterable[bytes]) -> None:
-        """Changes what the holder has; nothing if the token is void. Raises Overloaded."""
+        """Changes what the holder has; nothing if the token is void.
+
+        A full directory leaves out what it has no room for: that costs cache misses, no more.
+        """
 
     def close(self, token: object) -> None:
         """Forgets the holder; nothing if the token is void."""
@@ -57,6 +61,7 @@ class MemoryDirectory:
         self._holders: dict[str, Holder] = {}
         self._by_key: dict[bytes, set[str]] = {}
         self._num_entries = 0
+        self.num_left_out = 0
 
     @property
     def num_entries(self) -> int:
@@ -96,7 +101,8 @@ class MemoryDirectory:
             if key in token.keys:
                 continue
             if self._num_entries >= self._max_entries:
-                raise Overloaded("the directory is full", retry_after_s=1.0)
+                self._leave_out()
+                continue
             token.keys.add(key)
             self._by_key.setdefault(key, set()).add(token.holder_id)
             self._num_entries += 1
@@ -120,6 +126,15 @@ class MemoryDirectory:
                 break
             lengths.update(dict.fromkeys(alive, count + 1))
         return lengths
+
+    def _leave_out(self) -> None:
+        if not self.num_left_out:
+            _log.warning(
+                "the directory is full with %d entries; what comes now is left out "
+                "(--max-directory-entries)",
+                self._max_entries,
+            )
+        self.num_left_out += 1
 
     def _remove(self, holder: Holder, key: bytes) -> None:
         if key not in holder.keys:

@@ -91,7 +91,8 @@ class RedisDirectory:
         self._memory.update(token, added, removed)
         if isinstance(token, Holder) and self._memory.is_open(token):
             self._note(token.holder_id, removed, False)
-            self._note(token.holder_id, added, True)
+            # Only what memory had room for: what it does not know it could never take back.
+            self._note(token.holder_id, [key for key in added if key in token.keys], True)
 
     def close(self, token: object) -> None:
         """See Directory."""
@@ -120,7 +121,9 @@ class RedisDirectory:
         try:
             async with asyncio.timeout(LOOKUP_S):
                 return await self._lookup_elsewhere(keys) | lengths
-        except (RedisError, OSError, TimeoutError) as err:
+        except TimeoutError:
+            return lengths  # slow, perhaps gone: that is for the mirror to find out
+        except (RedisError, OSError) as err:
             self._lost(err)
             return lengths
 

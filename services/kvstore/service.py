@@ -6,6 +6,7 @@ Raises the suite's typed errors; the server's interceptor turns them into status
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 
 from services.kvstore import validation
-from services.kvstore.blocks import Block, ReserveOutcome
+from services.kvstore.block import Block, ReserveOutcome
 from services.kvstore.directory import Directory
 from services.kvstore.store import Store
 from splitserve.errors import DeadlineExceeded, InvalidRequest
@@ -30,6 +31,8 @@ _STATES = {
 }
 
 _MAX_READY_PER_MESSAGE = 4096
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.CommitBlocksRequest, context: Context
     ) -> kvstore_pb2.CommitBlocksResponse:
         """Makes blocks visible."""
-        self._store.commit(validation.lease(request.lease), validation.commits(request.blocks))
+        self._store.commit(validation.lease(request.lease), validation.digests(request.blocks))
         return kvstore_pb2.CommitBlocksResponse()
 
     async def AbandonBlocks(
@@ -145,6 +148,16 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Gives blocks up."""
         self._store.abandon(validation.lease(request.lease), validation.keys("keys", request.keys))
         return kvstore_pb2.AbandonBlocksResponse()
+
+    async def DropBlocks(
+        self, request: kvstore_pb2.DropBlocksRequest, context: Context
+    ) -> kvstore_pb2.DropBlocksResponse:
+        """Gives up damaged blocks."""
+        lease, damaged = validation.lease(request.lease), validation.digests(request.blocks)
+        dropped = self._store.drop_damaged(lease, damaged)
+        if dropped:
+            _log.warning("dropped %d damaged blocks that a reader reported", dropped)
+        return kvstore_pb2.DropBlocksResponse(num_dropped=dropped)
 
     async def AwaitBlocks(
         self, request: kvstore_pb2.AwaitBlocksRequest, context: Context
@@ -194,6 +207,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.PublishBlocksResponse:
         """Takes in what a pool has for as long as the stream lives."""
         token: object | None = None
+        await context.send_initial_metadata(())
         try:
             async for change in _until(self._draining, request_iterator):
                 if token is None:

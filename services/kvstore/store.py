@@ -20,7 +20,8 @@ from typing import Protocol
 
 from services.kvstore.arena import Arena
 from services.kvstore.awaiters import Awaiter, Awaiters
-from services.kvstore.blocks import Block, BlockTable, Reserved
+from services.kvstore.block import Block, Reserved
+from services.kvstore.blocks import BlockTable
 from services.kvstore.leases import Clock, LeaseRecord, Leases, new_epoch
 from services.kvstore.space import Space
 from splitserve.errors import BlockOutOfRange, InvalidRequest
@@ -171,6 +172,13 @@ class Store:
         """Gives up reserved blocks; those who await them are told that they are missing."""
         self._check(lease)
         self._blocks.abandon(lease.lease_id, keys)
+
+    def drop_damaged(self, lease: Lease, digests: Iterable[tuple[bytes, bytes]]) -> int:
+        """Gives up (key, digest) blocks that a reader found damaged. How many were."""
+        self._check(lease)
+        return sum(
+            self._blocks.drop_damaged(lease.lease_id, key, digest) for key, digest in digests
+        )
 
     def start_await(self, lease: Lease, keys: Sequence[bytes], wait_for_writer: bool) -> Awaiter:
         """Begins to wait. The caller iterates the awaiter and ends with `stop_await`."""

@@ -66,8 +66,10 @@ def specs(messages: Sequence[kvstore_pb2.BlockSpec]) -> list[BlockSpec]:
     return [BlockSpec.from_proto(message) for message in messages]
 
 
-def commits(messages: Sequence[kvstore_pb2.BlockCommit]) -> list[tuple[bytes, bytes]]:
-    """(key, digest) of blocks to commit."""
+def digests(
+    messages: Sequence[kvstore_pb2.BlockCommit | kvstore_pb2.DamagedBlock],
+) -> list[tuple[bytes, bytes]]:
+    """(key, digest) of blocks to commit or to drop."""
     keys("blocks.key", (message.key for message in messages))
     _raise_if(
         FieldViolation(f"blocks[{at}].digest", f"must have {DIGEST_BYTES} bytes")

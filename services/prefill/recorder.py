@@ -54,7 +54,6 @@ class Recorder:
                 names.KV_BYTES: load.num_bytes,
                 names.KV_TRANSPORT: load.transport,
             }
-            self._metrics.kv_transfer_bytes.labels(load.transport, "read").inc(load.num_bytes)
             load_ended = load.ended_ns or time.time_ns()
             span(names.SPAN_KV_READ, load.began_ns, load_ended, parent, common | blocks)
         if sequence.scheduled_ns:
@@ -90,7 +89,6 @@ class Recorder:
             names.KV_LEASE_ID: stats.lease_id,
         }
         attributes = common | blocks
-        self._metrics.kv_transfer_bytes.labels(stats.transport, "write").inc(stats.num_bytes)
         self._tracing.record_span(
             names.SPAN_KV_WRITE, stats.began_ns, stats.ended_ns, parent, attributes, status
         )

@@ -1,7 +1,8 @@
 """The router service: `python -m services.router --help`.
 
 1. The tokenizer is loaded, workers are looked for, and the port is opened.
-2. A short generation through both tiers succeeds: the router is ready.
+2. A short generation through both tiers succeeds: the router is ready. Where only the decode
+   tier is in service it waits `--split-wait-s` for the other, and then serves without it.
 3. Each request takes the way told in `generation` and `dispatch`.
 4. On SIGTERM it is not ready any more, lets open streams finish within the grace, and exits.
 """
@@ -29,6 +30,7 @@ from services.router.loading import LoadedModel, load_model
 from services.router.model import ModelCaps, ServedModel
 from services.router.planner import Planner
 from services.router.policy import make_policy
+from services.router.pruning import prune_forever
 from services.router.readiness import Readiness
 from services.router.service import InferenceService
 from services.router.stores import Stores
@@ -119,6 +121,8 @@ async def started(config: RouterConfig, tracing: Tracing) -> AsyncIterator[Route
         stack.push_async_callback(server.stop)
         watching = asyncio.create_task(router.readiness.run(), name="readiness")
         stack.push_async_callback(_end, watching)
+        pruning = asyncio.create_task(prune_forever(pools, links, stores), name="pruning")
+        stack.push_async_callback(_end, pruning)
         _log.info("listening on %s:%d, serving %s", config.host, port, config.served_name)
         yield router
 
@@ -164,8 +168,10 @@ def _assemble(
     readiness = Readiness(
         Canary(intake, dispatcher),
         server.set_ready,
+        metrics.router_split_working.set,
         interval_s=config.canary_interval_s,
         timeout_s=config.canary_timeout_s,
+        split_wait_s=config.split_wait_s,
     )
     service = InferenceService(
         generation,

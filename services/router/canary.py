@@ -1,4 +1,4 @@
-"""A short generation of the router's own, through prefill tier, store and decode tier."""
+"""A short generation of the router's own, through every tier that is in service."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ MAX_PENDING_BYTES = 1 << 20
 
 
 class Canary:
-    """Takes the way of every request, past admission: a full router still serves.
+    """Takes the way of a long prompt, past admission: a full router still serves.
 
-    It leaves no traces, and counts in metrics of its own.
+    That way leads through prefill tier and store if they are in service, and else to a decode
+    worker alone, as for every request. It leaves no traces, and counts in metrics of its own.
     """
 
     def __init__(self, intake: Intake, dispatcher: Dispatcher) -> None:
@@ -30,15 +31,15 @@ class Canary:
         self._metrics = Metrics()
         self._admission = Admission(max_running=1, max_waiting=1, max_queued_tokens=1)
 
-    async def __call__(self, timeout_s: float) -> None:
-        """Generate two tokens. Raises what went wrong."""
+    async def __call__(self, timeout_s: float) -> bool:
+        """Generate two tokens. Whether the prefill tier took part. Raises what went wrong."""
         request = self._intake.canary(timeout_s, MAX_TOKENS)
         with trace.use_span(_unsampled_span()):
             ticket = await self._admission.admit(len(request.prompt))
             try:
                 record = RequestRecord(request, ticket, self._metrics, model="")
                 stream = OutputStream(request, [NoText()], record, MAX_PENDING_BYTES)
-                await self._dispatcher.run(request, stream, must_split=True)
+                return await self._dispatcher.run(request, stream, even_if_short=True)
             finally:
                 ticket.release()
 

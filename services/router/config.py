@@ -87,6 +87,9 @@ class RouterConfig(ServiceConfig):
         5.0, gt=0, description="seconds between two generations that readiness rests on"
     )
     canary_timeout_s: float = Field(10.0, gt=0, description="seconds that one of them may take")
+    split_wait_s: float = Field(
+        5.0, ge=0, description="seconds at start that readiness waits for the prefill tier"
+    )
 
     @property
     def served_name(self) -> str:

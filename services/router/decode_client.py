@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import logging
 from collections import deque
+from collections.abc import Collection
 from typing import Protocol
 
 import grpc
@@ -159,6 +160,23 @@ class DecodeLinks:
     def num_sessions(self) -> int:
         """Requests on all streams."""
         return sum(link.num_sessions for link in self._links.values())
+
+    @property
+    def num_links(self) -> int:
+        """Streams that are kept, broken ones that nobody has asked for again included."""
+        return len(self._links)
+
+    async def prune(self, workers: Collection[Worker]) -> None:
+        """Forget streams to workers that are not among `workers`; one with requests stays."""
+        gone = [
+            link
+            for link in self._links.values()
+            if link.worker not in workers and not link.num_sessions
+        ]
+        for link in gone:
+            del self._links[link.worker.address]
+        for link in gone:
+            await link.close()
 
     async def close(self) -> None:
         """End all streams."""

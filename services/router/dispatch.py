@@ -69,18 +69,18 @@ class Dispatcher:
         self._max_attempts = max_attempts
 
     async def run(
-        self, request: Request, stream: OutputStream, *, must_split: bool = False
-    ) -> None:
+        self, request: Request, stream: OutputStream, *, even_if_short: bool = False
+    ) -> bool:
         """Fill `stream` to its end. Raises what ended it early; everything is then freed.
 
-        `must_split` rules out that a decode worker computes the prompt.
+        Returns whether the last attempt went through the prefill tier; with `even_if_short` it
+        does whatever the prompt's length, if that tier is in service.
         """
         avoid: set[str] = set()
         for attempt in range(self._max_attempts):
             name = f"{request.key}.{attempt}"
             try:
-                await self._attempt(request, name, stream, avoid, must_split)
-                return
+                return await self._attempt(request, name, stream, avoid, even_if_short)
             except _RETRIED as error:
                 last = attempt == self._max_attempts - 1
                 if isinstance(error, _FINAL) or last:
@@ -90,8 +90,9 @@ class Dispatcher:
                     names.EVENT_WORKER_LOST, {names.ERROR_TYPE: type(error).__name__}
                 )
             if stream.finished:
-                return
+                break
             await asyncio.sleep(_backoff_s(attempt, request))
+        return False
 
     async def _attempt(
         self,
@@ -99,23 +100,25 @@ class Dispatcher:
         name: str,
         stream: OutputStream,
         avoid: set[str],
-        must_split: bool,
-    ) -> None:
-        plan = await self._plan(request, stream, avoid, must_split)
+        even_if_short: bool,
+    ) -> bool:
+        plan = await self._plan(request, stream, avoid, even_if_short)
         try:
             await self._carry_out(plan, request, name, stream, avoid)
         finally:
             plan.close()
+        return plan.hand_over is not None
 
     async def _plan(
-        self, request: Request, stream: OutputStream, avoid: set[str], must_split: bool
+        self, request: Request, stream: OutputStream, avoid: set[str], even_if_short: bool
     ) -> Plan:
         with self._tracing.tracer.start_as_current_span(names.SPAN_PLAN) as span:
             if stream.started:
                 span.add_event(names.EVENT_RESUMED)
-                plan = await self._planner.plan_resume(request, avoid)
+                plan = await self._planner.plan_resume(request, stream.model_fingerprint, avoid)
             else:
-                plan = await self._planner.plan(request, avoid, must_split=must_split)
+                plan = await self._planner.plan(request, avoid, even_if_short=even_if_short)
+                stream.model_fingerprint = plan.model_fingerprint
             span.set_attribute(names.DECODE_WORKER, plan.decode.id)
             if plan.hand_over is not None:
                 span.set_attribute(names.PREFILL_WORKER, plan.hand_over.prefill.id)
@@ -193,7 +196,7 @@ def _submit_message(
         cache_salt=request.cache_salt,
         lease=plan.hand_over.lease.ref if plan.hand_over is not None else None,
         trace_context=trace_context(),
-        deadline_unix_ms=request.deadline_unix_ms(),
+        timeout_ms=request.timeout_ms(),
         resume=stream.progress() if stream.started else (),
     )
 

@@ -57,6 +57,7 @@ class Intake:
             raise InvalidRequest([*found, *params.violations(limits)])
         path = _PROMPT_PATHS[message.WhichOneof("prompt") or "text"]
         check_prompt(prompt, params, limits, path)
+        _check_room(prompt, params, limits)
         params = self._complete(params, len(prompt), limits)
         request_id = message.request_id or f"req-{secrets.token_hex(8)}"
         return Request(
@@ -99,6 +100,17 @@ class Intake:
             wanted = max(self._model.default_max_tokens, params.min_tokens)
             max_tokens = min(wanted, limits.max_tokens, room)
         return replace(params, seed=seed, max_tokens=max_tokens)
+
+
+def _check_room(prompt: list[int], params: SamplingParams, limits: SamplingLimits) -> None:
+    """Raise InvalidRequest if the context has no room for the least output that is asked for."""
+    room = limits.max_context_tokens - len(prompt)
+    if params.max_tokens is None and params.min_tokens > room:
+        raise InvalidRequest.single(
+            "sampling.min_tokens",
+            f"must be at most {room}, which is what {len(prompt)} prompt tokens leave of "
+            f"the context of {limits.max_context_tokens}, got {params.min_tokens}",
+        )
 
 
 def _shape_violations(message: inference_pb2.GenerateRequest) -> list[FieldViolation]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from services.router.policy import Candidate, Policy
@@ -38,6 +38,7 @@ class Plan:
 
     def __init__(self, decode: Worker, hand_over: HandOver | None = None) -> None:
         self.decode = decode
+        self.model_fingerprint = decode.model_fingerprint
         self.hand_over = hand_over
         self._open = True
         decode.own_requests += 1
@@ -84,90 +85,109 @@ class Planner:
         self._worker_wait_s = worker_wait_s
 
     async def plan(
-        self, request: Request, avoid: Collection[str] = (), *, must_split: bool = False
+        self, request: Request, avoid: Collection[str] = (), *, even_if_short: bool = False
     ) -> Plan:
         """The way of a new request. Workers at addresses in `avoid` are taken only if need be.
 
-        `must_split` rules out that the decode worker computes the prompt. Raises NoWorker.
+        With `even_if_short` it goes through the prefill tier whatever the prompt's length, if
+        that tier is in service. Raises NoWorker.
         """
-        decoders = _without(await self._decoders(request), avoid) or self._decode.ready()
+        decoders = await self._decoders(request)
+        decoders = _without(decoders, avoid) or decoders
         ready = self._prefill.ready()
         prefillers = _without(ready, avoid) or ready
-        short = len(request.prompt) < self._local_prefill_tokens
-        if must_split:
-            if not prefillers:
-                raise NoWorker("no prefill worker is ready; start one or wait for it")
-        elif short or not prefillers:
-            return Plan(self._least_loaded(decoders, request))
-        return await self._split(request, prefillers, decoders, must_split)
+        least = 0 if even_if_short else self._local_prefill_tokens
+        if len(request.prompt) >= least:
+            plan = await self._split(request, prefillers, decoders, least)
+            if plan is not None:
+                return plan
+        return Plan(self._least_loaded(decoders, request))
 
-    async def plan_resume(self, request: Request, avoid: Collection[str] = ()) -> Plan:
-        """The way of a request whose decode worker was lost. Raises NoWorker."""
-        decoders = await self._decoders(request)
+    async def plan_resume(
+        self, request: Request, model_fingerprint: bytes, avoid: Collection[str] = ()
+    ) -> Plan:
+        """The way of a request whose decode worker was lost. Raises NoWorker.
+
+        Only a worker of the same model can go on from the tokens that the client has: while a
+        model is being updated there are others.
+        """
+        decoders = await self._decoders(
+            request, lambda worker: worker.model_fingerprint == model_fingerprint
+        )
         return Plan(self._least_loaded(_without(decoders, avoid) or decoders, request))
 
-    async def _decoders(self, request: Request) -> list[Worker]:
+    async def _decoders(
+        self, request: Request, fits: Callable[[Worker], bool] = lambda worker: True
+    ) -> list[Worker]:
         wait_s = min(self._worker_wait_s, request.remaining_s())
-        ready = await self._decode.wait_ready(wait_s)
+        ready = await self._decode.wait_ready(wait_s, fits)
         if not ready:
-            raise NoWorker(f"no decode worker became ready within {wait_s:.1f} s; retry later")
+            raise NoWorker(
+                f"no decode worker that fits became ready within {wait_s:.1f} s; retry later"
+            )
         return ready
 
     async def _split(
-        self,
-        request: Request,
-        prefillers: list[Worker],
-        decoders: list[Worker],
-        must_split: bool,
-    ) -> Plan:
-        num_tokens = len(request.prompt)
-        likely = min(prefillers, key=lambda w: (w.queued_tokens, w.own_requests))
-        prefillers, matching = _same_layout(likely, prefillers), _same_layout(likely, decoders)
-        if not matching and must_split:
-            raise NoWorker("no decode worker has the KV layout of the prefill workers")
-        if not matching:
-            return Plan(self._least_loaded(decoders, request))
-        decoders = matching
+        self, request: Request, prefillers: list[Worker], decoders: list[Worker], least: int
+    ) -> Plan | None:
+        """A way with a hand-over, over another store if one grants no lease; None without any.
+
+        Plans a local way if fewer than `least` tokens are not cached on the decode worker.
+        """
+        while prefillers:
+            likely = min(prefillers, key=lambda w: (w.queued_tokens, w.own_requests))
+            writers, readers = _same_layout(likely, prefillers), _same_layout(likely, decoders)
+            if not readers:
+                prefillers = [worker for worker in prefillers if worker not in writers]
+                continue
+            decode, prefill, lease = await self._choose(request, likely, writers, readers)
+            if len(request.prompt) - decode.cached_tokens < least:
+                _release(lease)
+                return Plan(decode.worker)
+            lease = await self._moved(lease, prefill)
+            if lease is not None:
+                return Plan(decode.worker, HandOver(prefill, lease))
+            failed = prefill.store_address
+            prefillers = [w for w in prefillers if w is not prefill and w.store_address != failed]
+        return None
+
+    async def _choose(
+        self, request: Request, likely: Worker, writers: list[Worker], readers: list[Worker]
+    ) -> tuple[Candidate, Worker, HeldLease | None]:
+        """The decode worker, the prefill worker, and a lease of the likely one's store."""
         # The lease is asked for while the directory is: most often it is of the right store.
         granting = asyncio.create_task(self._grant(likely))
         try:
-            cached = await self._cached_tokens(request, likely, [*prefillers, *decoders])
+            cached = await self._cached_tokens(request, likely, [*writers, *readers])
             lease = await granting
         except BaseException:
             self._stores.discard(granting)
             raise
+        num_tokens = len(request.prompt)
         decode = self._policy.choose_decode(
-            [Candidate(w, cached.get(w.id, 0)) for w in decoders], num_tokens
+            [Candidate(w, cached.get(w.id, 0)) for w in readers], num_tokens
         )
-        if not must_split and num_tokens - decode.cached_tokens < self._local_prefill_tokens:
-            _release(lease)
-            return Plan(decode.worker)
         prefill = self._policy.choose_prefill(
-            [Candidate(w, _best_prefix(w, cached)) for w in prefillers], num_tokens
+            [Candidate(w, _best_prefix(w, cached)) for w in writers], num_tokens
         )
-        lease = await self._moved(lease, prefill.worker)
-        if lease is not None:
-            return Plan(decode.worker, HandOver(prefill.worker, lease))
-        if must_split:
-            raise NoWorker("the KV store of the prefill worker grants no lease")
-        return Plan(decode.worker)
+        return decode, prefill.worker, lease
 
     async def _moved(self, lease: HeldLease | None, prefill: Worker) -> HeldLease | None:
         """A lease of the store that the prefill worker writes to, in place of another's."""
-        address = prefill.state.store_address if prefill.state is not None else ""
-        if lease is not None and lease.store_address == address:
+        if lease is not None and lease.store_address == prefill.store_address:
             return lease
         _release(lease)
         return await self._grant(prefill)
 
     async def _grant(self, worker: Worker) -> HeldLease | None:
         """A lease of the worker's store; None if that store is out of service."""
-        if worker.state is None or not worker.state.store_address:
+        address = worker.store_address
+        if not address:
             return None
         try:
-            return await self._stores.grant(worker.state.store_address)
+            return await self._stores.grant(address)
         except SplitserveError as error:
-            _log.debug("store %s grants no lease: %s", worker.state.store_address, error.message)
+            _log.debug("store %s grants no lease: %s", address, error.message)
             return None
 
     async def _cached_tokens(
@@ -181,7 +201,7 @@ class Planner:
             return {}
         root = root_key(layout.model_fingerprint, request.cache_salt)
         keys = chain_keys(root, request.prompt, layout.block_tokens)
-        addresses = {w.state.store_address for w in workers if w.state is not None} - {""}
+        addresses = {worker.store_address for worker in workers} - {""}
         blocks = await self._stores.lookup(sorted(addresses)[:MAX_LOOKUPS], keys)
         most = len(request.prompt)
         return {holder: min(n * layout.block_tokens, most) for holder, n in blocks.items()}
@@ -210,5 +230,4 @@ def _same_layout(reference: Worker, workers: list[Worker]) -> list[Worker]:
 
 def _best_prefix(worker: Worker, cached: dict[str, int]) -> int:
     """A prefill worker need not compute what is in its own pool or in its store."""
-    store = worker.state.store_address if worker.state is not None else ""
-    return max(cached.get(worker.id, 0), cached.get(store, 0))
+    return max(cached.get(worker.id, 0), cached.get(worker.store_address, 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, replace
 
 from splitserve import wire
@@ -47,9 +46,9 @@ class Request:
             raise DeadlineExceeded("the deadline passed before the request could be completed")
         return left
 
-    def deadline_unix_ms(self) -> int:
-        """The next hop's deadline, as Unix time in milliseconds."""
-        return round((time.time() + self.remaining_s()) * 1000)
+    def timeout_ms(self) -> int:
+        """`remaining_s` in whole milliseconds, at least 1. Raises DeadlineExceeded."""
+        return min(max(1, int(self.remaining_s() * 1000)), 2**32 - 1)
 
 
 def sampling_for_workers(params: SamplingParams) -> common_pb2.SamplingParams:

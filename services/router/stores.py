@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from splitserve.errors import DeadlineExceeded, SplitserveError, Unavailable
 from splitserve.kv.control import StoreControl
@@ -38,12 +39,32 @@ class HeldLease:
 
 
 class _Store:
-    """One store and when it may be asked again."""
+    """One store and when it may be asked again. `num_calls` counts those that are under way."""
 
     def __init__(self, control: StoreControl, keeper: LeaseKeeper) -> None:
         self.control = control
         self.keeper = keeper
         self.paused_until_s = 0.0
+        self.num_calls = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request has to do with it."""
+        return not self.num_calls and not len(self.keeper)
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Around each call, so that its channel is not closed under it."""
+        self.num_calls += 1
+        try:
+            yield
+        finally:
+            self.num_calls -= 1
+
+    async def close(self) -> None:
+        """Release its leases and close its channel."""
+        await self.keeper.close()
+        await self.control.close()
 
 
 class Stores:
@@ -74,8 +95,18 @@ class Stores:
         """Release all leases and close all channels."""
         stores, self._stores = list(self._stores.values()), {}
         for store in stores:
-            await store.keeper.close()
-            await store.control.close()
+            await store.close()
+
+    @property
+    def num_stores(self) -> int:
+        """Stores to which a channel is open."""
+        return len(self._stores)
+
+    async def prune(self, addresses: Collection[str]) -> None:
+        """Forget stores that are not at `addresses`; one that a request still uses stays."""
+        gone = [a for a, store in self._stores.items() if a not in addresses and store.idle]
+        for store in [self._stores.pop(address) for address in gone]:
+            await store.close()
 
     async def grant(self, address: str) -> HeldLease:
         """A lease of the store at `address`. Raises Overloaded, Unavailable, DeadlineExceeded."""
@@ -83,7 +114,8 @@ class Stores:
         if self._clock() < store.paused_until_s:
             raise Unavailable(f"store {address} failed a moment ago")
         try:
-            return HeldLease(address, await store.keeper.grant(), store.keeper)
+            with store.calling():
+                return HeldLease(address, await store.keeper.grant(), store.keeper)
         except _NO_ANSWER as error:
             self._pause(store, error)
             raise
@@ -109,7 +141,8 @@ class Stores:
         if self._clock() < store.paused_until_s:
             return {}
         try:
-            return await store.control.lookup(keys)
+            with store.calling():
+                return await store.control.lookup(keys)
         except _NO_ANSWER as error:
             self._pause(store, error)
         except SplitserveError as error:

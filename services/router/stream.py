@@ -26,7 +26,8 @@ class SlowClient(Overloaded):
 class OutputStream:
     """All choices of one request between the workers and the client.
 
-    `on_fail` is called once, when the stream has failed, and must not wait.
+    `on_fail` is called once, when the stream has failed, and must not wait. `model_fingerprint`
+    is of the model that the tokens are of: nothing else may go on with them.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class OutputStream:
         self.record = record
         self.choices = [ChoiceOutput(index, text) for index, text in enumerate(texts)]
         self.error: BaseException | None = None
+        self.model_fingerprint = b""
         self._request = request
         self._unfinished = len(self.choices)
         self._pending: dict[int, inference_pb2.ChoiceDelta] = {}

@@ -52,6 +52,16 @@ class Worker:
         return self.state.worker_id if self.state is not None else ""
 
     @property
+    def model_fingerprint(self) -> bytes:
+        """What its KV and its tokens depend on; empty before its first report."""
+        return self.state.kv_layout.model_fingerprint if self.state is not None else b""
+
+    @property
+    def store_address(self) -> str:
+        """The KV store that it uses; empty if none, and before its first report."""
+        return self.state.store_address if self.state is not None else ""
+
+    @property
     def queued_tokens(self) -> int:
         """Prompt tokens that wait there, as reported or as given, whichever is more."""
         reported = self.state.queued_tokens if self.state is not None else 0
@@ -115,14 +125,16 @@ class WorkerPool:
         """Addresses that are being watched."""
         return len(self._watchers)
 
-    async def wait_ready(self, timeout_s: float) -> list[Worker]:
-        """Ready workers as soon as there is one; an empty list after `timeout_s`."""
+    async def wait_ready(
+        self, timeout_s: float, fits: Callable[[Worker], bool] = lambda worker: True
+    ) -> list[Worker]:
+        """Ready workers that fit, as soon as there is one; an empty list after `timeout_s`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not self.ready():
+                while not any(map(fits, self.ready())):
                     self._changed.clear()
                     await self._changed.wait()
-        return self.ready()
+        return [worker for worker in self.ready() if fits(worker)]
 
     def _takes_requests(self, worker: Worker, now: float) -> bool:
         return (

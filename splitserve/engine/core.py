@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from splitserve.engine.protocol import Draw, Engine, LayersDone, Slice
 from splitserve.engine.scheduler import Chunk, Scheduler
 from splitserve.engine.sequence import Sequence, SequenceOutput, State, StepListener
-from splitserve.errors import InvalidRequest, Overloaded, SplitserveError
+from splitserve.errors import InvalidRequest, Overloaded, SplitserveError, Unavailable
 from splitserve.kv.pool import PagePool
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class EngineCore:
         self._failed_steps = 0
         self._prefill_rate = 0.0
         self._step_began = 0.0
+        self._queued_tokens = 0
 
     # -- from any thread -----------------------------------------------------------------------
 
@@ -97,21 +98,25 @@ class EngineCore:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop after the present step and wait for it. Sequences are dropped."""
+        """End the loop after the present step and wait for it. Sequences end with an error."""
         with self._news:
             self._stopping = True
             self._news.notify()
         if self._thread:
             self._thread.join()
+        self._read_inbox()
+        self._emit([self._end_by_stop(s) for s in list(self._live.values()) if s.is_live])
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence.
 
-        Raises `Overloaded` if the queue is full or the pool could never hold it, and
-        `InvalidRequest` if its id is live.
+        Raises `Overloaded` if the queue is full or the pool could never hold it, `InvalidRequest`
+        if its id is live, and `Unavailable` once the core is stopping.
         """
         self._check_fits(sequence)
         with self._news:
+            if self._stopping:
+                raise Unavailable("the engine has been stopped")
             if len(self._ids) >= self._config.max_queue:
                 raise Overloaded(f"{len(self._ids)} sequences are queued; come back", 1.0)
             if sequence.id in self._ids:
@@ -161,7 +166,7 @@ class EngineCore:
         began = self._step_began
         scheduler = self._scheduler
         return CoreStats(
-            running=len(scheduler.running) + len(scheduler.loading),
+            running=len(scheduler.running) + len(scheduler.ready) + len(scheduler.loading),
             waiting=len(scheduler.waiting) + len(self._inbox),
             queued_tokens=self._queued_tokens,
             total_pages=self._pool.num_pages,
@@ -179,6 +184,7 @@ class EngineCore:
         """Admit, step, emit. False if there was nothing to compute."""
         self._read_inbox()
         self._scheduler.admit()
+        self._queued_tokens = self._scheduler.queued_tokens
         chunks = self._scheduler.plan()
         if chunks:
             self._step_began = time.monotonic()
@@ -186,6 +192,7 @@ class EngineCore:
             self._step_began = 0.0
             self._steps += 1
             self._emit(outputs)
+            self._queued_tokens = self._scheduler.queued_tokens
         self._publish()
         return bool(chunks)
 
@@ -232,6 +239,11 @@ class EngineCore:
         error = SplitserveError("the forward pass failed; the worker's log says why")
         return SequenceOutput(sequence, len(sequence.output), (), error=error)
 
+    def _end_by_stop(self, sequence: Sequence) -> SequenceOutput:
+        self._scheduler.remove(sequence)
+        error = Unavailable("the engine was stopped before the sequence had ended")
+        return SequenceOutput(sequence, len(sequence.output), (), error=error)
+
     def _emit(self, outputs: list[SequenceOutput]) -> None:
         for output in outputs:
             self._forget_if_done(output.sequence)
@@ -248,13 +260,6 @@ class EngineCore:
     @property
     def _block(self) -> int:
         return self._engine.spec.block_tokens
-
-    @property
-    def _queued_tokens(self) -> int:
-        try:
-            return self._scheduler.queued_tokens
-        except RuntimeError:  # the loop changed a queue while it was being read
-            return 0
 
     def _note(self, apply: Callable[[], None]) -> None:
         with self._news:

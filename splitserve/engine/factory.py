@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +39,11 @@ class EngineConfig:
 
 
 def open_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
-    """Open the engine. Raises `CheckpointError` or `ConfigError`, one line each."""
+    """Open the engine. Raises `CheckpointError` or `ConfigError`, one line each.
+
+    Loads in a thread that ends: OpenMP keeps a team for every thread that has computed, and the
+    one that will call `step` should have the only one.
+    """
     if config.kind == "fake" or config.device == "cpu":
         _check_fits_memory(config.pool_bytes)
     if config.kind == "fake":
@@ -47,7 +52,8 @@ def open_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
     # Only workers have torch installed; the fake engine must open without it.
     from splitserve.engine.torch_factory import open_torch_engine
 
-    return open_torch_engine(config, show_progress=show_progress)
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
+        return loader.submit(open_torch_engine, config, show_progress=show_progress).result()
 
 
 def _open_fake(config: EngineConfig) -> Engine:

@@ -6,6 +6,7 @@ so that a page, or a run of its layers, is one copy. Attention reads and writes 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,9 @@ class PageMemory:
         self._block_rows = self._pool.view(-1, block_tokens, config.num_kv_heads, config.head_dim)
         self._bytes = self._pool.view(num_pages, -1).view(torch.uint8).view(num_pages, -1)
         self._layer_bytes = self._bytes.shape[1] // config.num_layers
+        # Copies run in other threads than the engine's. In host memory numpy makes them: torch
+        # would start a team of compute threads in each.
+        self._host = self._bytes.numpy() if device.type == "cpu" else None
 
     def token_rows(self, pages: Tensor, slots: Tensor) -> Tensor:
         """Row numbers of tokens' keys in layer 0: (tokens,) int64. See `write`."""
@@ -65,11 +69,17 @@ class PageMemory:
     def export(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
         """Copy layers [first_layer, end_layer) of a page to host memory."""
         first, end = first_layer * self._layer_bytes, end_layer * self._layer_bytes
-        torch.frombuffer(out, dtype=torch.uint8).copy_(self._bytes[page, first:end])
+        if self._host is not None:
+            np.copyto(np.frombuffer(out, np.uint8), self._host[page, first:end])
+        else:
+            torch.frombuffer(out, dtype=torch.uint8).copy_(self._bytes[page, first:end])
 
     def insert(self, page: int, content: memoryview) -> None:
         """Overwrite a page from host memory."""
-        self._bytes[page].copy_(torch.frombuffer(content, dtype=torch.uint8))
+        if self._host is not None:
+            np.copyto(self._host[page], np.frombuffer(content, np.uint8))
+        else:
+            self._bytes[page].copy_(torch.frombuffer(content, dtype=torch.uint8))
 
     def _select(self, rows: Tensor) -> Tensor:
         blocks = self._block_rows.index_select(0, rows.flatten())

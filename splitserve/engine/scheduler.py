@@ -56,13 +56,9 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self.waiting: deque[Sequence] = deque()
         self.loading: dict[str, Sequence] = {}
+        self.ready: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step could make progress without outside news."""
-        return bool(self.running or self.waiting)
 
     @property
     def queued_tokens(self) -> int:
@@ -77,9 +73,16 @@ class Scheduler:
     # -- verbs of the loop ---------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Give pages to waiting sequences, oldest first, while there is room."""
-        while self.waiting and len(self.running) + len(self.loading) < self._max_batch:
-            if not self._place(self.waiting[0]):
+        """Fill the batch: first with sequences whose KV has come, then with waiting ones, oldest
+        first, while there are pages. One that must wait for its KV or first token takes pages but
+        no place in the batch, so that a queue elsewhere never idles this engine.
+        """
+        while self.ready and len(self.running) < self._max_batch:
+            self._run(self.ready.popleft())
+        while self.waiting:
+            first = self.waiting[0]
+            full = len(self.running) + len(self.ready) >= self._max_batch
+            if (full and not first.await_first_token) or not self._place(first):
                 return
             self._start(self.waiting.popleft())
 
@@ -128,7 +131,7 @@ class Scheduler:
             self._free(sequence)
             return
         tokens = sequence.num_computed + num_blocks * self._spec.block_tokens
-        sequence.num_computed = min(tokens, len(sequence.prompt))
+        sequence.num_computed = max(sequence.num_computed, min(tokens, len(sequence.prompt)))
         sequence.num_cached = sequence.num_computed
         self._register(sequence)
         self._run_if_ready(sequence)
@@ -147,6 +150,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence.state is State.LOADING:
             del self.loading[sequence.id]
+        elif sequence.state is State.READY:
+            self.ready.remove(sequence)
         elif sequence.state is State.RUNNING:
             self.running.remove(sequence)
         sequence.state = State.FINISHED
@@ -212,7 +217,7 @@ class Scheduler:
             PageLoad(i, sequence.keys[i], sequence.pages[i], block) for i in range(first, full)
         ]
         tail = length % block
-        if drawn_elsewhere and tail:
+        if drawn_elsewhere and tail and sequence.num_computed <= full * block:
             parent = sequence.keys[full - 1] if full else self._root(sequence)
             key = child_key(parent, sequence.prompt[length - tail :])
             loads.append(PageLoad(full, key, sequence.pages[full], tail))
@@ -222,6 +227,13 @@ class Scheduler:
         if sequence.loading or sequence.await_first_token:
             return
         del self.loading[sequence.id]
+        if len(self.running) < self._max_batch:
+            self._run(sequence)
+        else:
+            sequence.state = State.READY
+            self.ready.append(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING
         self.running.append(sequence)
         if sequence.sink:

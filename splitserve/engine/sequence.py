@@ -16,13 +16,16 @@ from splitserve.sampling import FinishReason, SamplingParams
 class State(Enum):
     """Where a sequence stands.
 
-    WAITING ──admit──▶ LOADING ──loaded and started──▶ RUNNING ──▶ FINISHED
-       │                                                ▲  │
-       └──────────────admit (nothing to load)───────────┘  └─preempt─▶ WAITING
+    WAITING ──admit──▶ LOADING ──loaded, first token known──▶ READY ──▶ RUNNING ──▶ FINISHED
+       ▲                                                                  │
+       └───────────────────────────preempt────────────────────────────────┘
+
+    A sequence with nothing to await passes LOADING and READY within one admission.
     """
 
     WAITING = auto()
     LOADING = auto()
+    READY = auto()
     RUNNING = auto()
     FINISHED = auto()
 
@@ -80,9 +83,9 @@ class Sequence:
     """One choice of one request on one worker.
 
     `seed` has been decided by the router. `await_first_token` holds the sequence back until
-    `EngineCore.start` brings the token that a prefill worker drew. `prefill_choices > 0` makes it
-    a prefill: that many first tokens are drawn from the prompt's last position, and the pages
-    are kept until `EngineCore.release`.
+    `EngineCore.first_token` brings the token that a prefill worker drew. `prefill_choices > 0`
+    makes it a prefill: that many first tokens are drawn from the prompt's last position, and the
+    pages are kept until `EngineCore.release`.
     """
 
     id: str
@@ -109,6 +112,11 @@ class Sequence:
     submitted_ns: int = field(default_factory=time.time_ns)
     scheduled_ns: int = 0
     first_token_ns: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it has not ended, as far as its user knows."""
+        return self.state is not State.FINISHED
 
     @property
     def num_tokens(self) -> int:

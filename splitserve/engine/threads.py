@@ -1,20 +1,28 @@
-"""How torch's threads wait for each other."""
+"""How torch's compute threads on a CPU wait for each other.
+
+GNU OpenMP's threads spin at a barrier for a while before they sleep, and a step of a small model
+has hundreds of barriers. Alone on its cores an engine is fastest when they spin for long. As soon
+as anything else wants a core, a thread that spins takes the time of the one that it waits for,
+and steps take seconds. A serving tier shares its machine, so spinning is kept short.
+"""
 
 from __future__ import annotations
 
 import os
 
 SPIN_COUNT = "1000"
-"""About a microsecond of spinning before a waiting thread sleeps."""
+"""Some ten microseconds; the default is 300 times that."""
 
 
 def yield_cores_when_waiting() -> None:
-    """Let waiting compute threads sleep instead of spin. Call before torch is imported.
+    """Shorten the spinning. Call before torch is imported.
 
-    GNU OpenMP's threads spin at every barrier for milliseconds. Where two engines, or an engine
-    and anything else, share cores, the spinning one takes the time of the one that it waits for:
-    with one other busy process on two cores a decode step's 90th percentile was 798 ms spinning
-    and 43 ms not. A user's own `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` stays.
+    A user's own `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def share_of_cores() -> int:
+    """Compute threads for a tier that shares this machine with another: half of the cores."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)

@@ -19,9 +19,17 @@ class TorchEngine:
     """Implements `Engine`. Everything it is made of is chosen by `factory.open_engine`."""
 
     def __init__(
-        self, spec: EngineSpec, model: Decoder, memory: PageMemory, attention: Attention
+        self,
+        spec: EngineSpec,
+        model: Decoder,
+        memory: PageMemory,
+        attention: Attention,
+        *,
+        threads: int = 0,
     ) -> None:
+        """`threads` is how many compute a step together; 0 leaves torch's choice."""
         self.spec = spec
+        self._threads = threads
         self._model = model
         self._memory = memory
         self._attention = attention
@@ -32,6 +40,8 @@ class TorchEngine:
         self, slices: Sequence[Slice], layers_done: LayersDone | None = None
     ) -> list[list[DrawnToken]]:
         """See `Engine.step`."""
+        if self._threads:
+            torch.set_num_threads(self._threads)  # which is the calling thread's own number
         batch = build_batch(slices, self._memory, self._model.device)
         hidden = self._forward(batch, layers_done)
         drawn = iter(self._draw(hidden, batch, slices))

@@ -23,16 +23,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def open_torch_engine(config: EngineConfig, *, show_progress: bool) -> TorchEngine:
     """See `factory.open_engine`."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(config.model)
     shape = checkpoint.config
     device, dtype = _device(config.device), _dtype(config.dtype)
     model = _load_model(checkpoint, device, dtype, config.deterministic, show_progress)
     spec = _spec(config, shape, checkpoint.identity(), dtype)
     memory = PageMemory(shape, spec.num_pages, spec.block_tokens, dtype, device)
-    attention = _attention(memory, device, config.deterministic)
-    return TorchEngine(spec, model, memory, attention)
+    attention = _attention(memory, device, shape.head_dim, config.deterministic)
+    return TorchEngine(spec, model, memory, attention, threads=config.threads)
 
 
 def _load_model(
@@ -77,14 +75,18 @@ def _spec(
     )
 
 
-def _attention(memory: PageMemory, device: torch.device, deterministic: bool) -> Attention:
+def _attention(
+    memory: PageMemory, device: torch.device, head_dim: int, deterministic: bool
+) -> Attention:
     if deterministic:
         return RowwiseAttention(memory)
     if device.type != "cuda":
         return BatchedAttention(memory)
     # Only machines with a GPU have triton.
-    from splitserve.engine.triton_attention import TritonAttention
+    from splitserve.engine.triton_attention import MAX_HEAD_DIM, TritonAttention
 
+    if head_dim > MAX_HEAD_DIM:
+        return BatchedAttention(memory)
     properties = torch.cuda.get_device_properties(device)
     return TritonAttention(memory, properties.multi_processor_count)
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import torch
 from splitserve_kernels.paged_decode import choose_splits, paged_decode
+from splitserve_kernels.paged_kv import MAX_HEAD_DIM
 from splitserve_kernels.paged_prefill import paged_prefill
 from torch import Tensor
 
 from splitserve.engine.batch import Chunks, QueryGroup, StepBatch
 from splitserve.engine.page_memory import PageMemory
+
+__all__ = ["MAX_HEAD_DIM", "TritonAttention"]
 
 
 class TritonAttention:

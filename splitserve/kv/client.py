@@ -17,6 +17,7 @@ gone.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ from splitserve.kv.layout import (
 )
 from splitserve.kv.publisher import PoolPublisher
 from splitserve.kv.runs import StoreRun, StoreRuns, TransportChoice
+from splitserve.kv.transports.base import WriteTooLate
 from splitserve.kv.transports.shm import ShmTransport
 from splitserve.kv.vouching import Vouching
 from splitserve.obs.metrics import Metrics
@@ -138,6 +140,11 @@ class KvStoreClient:
         return self._control.address
 
     @property
+    def reachable(self) -> bool:
+        """Whether the store was there when last heard of; it is watched all the time."""
+        return self._publisher.reachable
+
+    @property
     def advertised_address(self) -> str:
         """Where everyone else reaches the store, host:port; what its leases name."""
         return self._runs.present.advertised_address or self.address
@@ -222,11 +229,15 @@ class KvStoreClient:
                 f"{reservation.size_bytes} bytes"
             )
         run = await self._runs.of(lease)
-        if run.transport.needs_vouching:
-            await self._vouching.ensure(lease)
-        if content.nbytes:
-            with self._measured(run, "write", content.nbytes):
-                await run.transport.write(lease, key, reservation, offset_bytes, content)
+        written = content.nbytes == 0
+        while not written:
+            begin_by_s = await self._vouched_until(run, lease)
+            # Too late, and the store is asked anew whether the lease is live.
+            with suppress(WriteTooLate), self._measured(run, "write", content.nbytes):
+                await run.transport.write(
+                    lease, key, reservation, offset_bytes, content, begin_by_s
+                )
+                written = True
 
     async def digest(self, key: bytes, num_tokens: int, content: memoryview) -> bytes:
         """`codec.block_digest` of a whole block of this layout, off the event loop."""
@@ -283,7 +294,8 @@ class KvStoreClient:
         """Copies a block to `out` and checks the copy. `out` is valid only if this returns.
 
         `out` is contiguous, writable, exactly the block's size. Raises BlockCorrupt if the content
-        is not that of the block's identity. A cancelled call ends once it no longer writes `out`.
+        is not that of the block's identity; the store is told, so that the block can be written
+        anew. A cancelled call ends once it no longer writes `out`.
         """
         target = out.cast("B")
         if target.nbytes != block.size_bytes or target.readonly:
@@ -301,7 +313,7 @@ class KvStoreClient:
             with self._measured(run, "read", block.size_bytes):
                 await run.transport.read(lease, block, target, check)
         except BlockCorrupt:
-            await self._raise_if_ended(lease)
+            await self._drop_damaged(lease, block)
             raise
 
     @contextmanager
@@ -314,7 +326,18 @@ class KvStoreClient:
             self._metrics.kv_transfer_bytes.labels(*labels).inc(size_bytes)
             self._metrics.kv_transfer_seconds.labels(*labels).observe(time.perf_counter() - began)
 
-    async def _raise_if_ended(self, lease: Lease) -> None:
-        """Tells damage from a block that went with its lease while it was copied."""
-        with suppress(Unavailable, DeadlineExceeded):
-            await self._vouching.ask(lease)
+    async def _vouched_until(self, run: StoreRun, lease: Lease) -> float:
+        return await self._vouching.ensure(lease) if run.transport.needs_vouching else math.inf
+
+    async def _drop_damaged(self, lease: Lease, block: ReadableBlock) -> None:
+        """Has the store give up a damaged block, so that its key is not damaged for good.
+
+        Raises LeaseEnded if there may be no damage: the block went with its lease while it was
+        copied. A store that does not answer keeps the block until the next reader finds it.
+        """
+        request = kvstore_pb2.DropBlocksRequest(
+            lease=lease.to_proto(),
+            blocks=[kvstore_pb2.DamagedBlock(key=block.key, digest=block.digest)],
+        )
+        with suppress(Unavailable, DeadlineExceeded), typed_errors():
+            await self._control.stub.DropBlocks(request, timeout=self._timeout_s)

@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 _KEYS_PER_MESSAGE = 4096
 _FIRST_RETRY_S = 0.1
-_LAST_RETRY_S = 2.0
+_LAST_RETRY_S = 0.5
 
 
 class PoolPublisher:
@@ -30,7 +30,11 @@ class PoolPublisher:
         holder_id: str,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_broken` is told whenever the stream breaks: it is open, and so is watched, always."""
+        """`on_broken` is told whenever the store turns out to be out of reach.
+
+        The stream is open, and so is watched, always. One that the store refuses to go on with
+        tells nothing of its reach.
+        """
         self._stub = stub
         self._holder_id = holder_id
         self._on_broken = on_broken
@@ -39,6 +43,7 @@ class PoolPublisher:
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.reachable = True
 
     def start(self) -> None:
         """Begins to publish, on the running loop."""
@@ -72,7 +77,9 @@ class PoolPublisher:
                 if self._closing.is_set():
                     return
                 _log.warning("publishing to the directory broke off: %s", _reason(err))
-                self._on_broken()
+                if _is_unreachable(err):
+                    self.reachable = False
+                    self._on_broken()
             if asyncio.get_running_loop().time() - began > _LAST_RETRY_S:
                 retry_s = _FIRST_RETRY_S
             await asyncio.sleep(retry_s)
@@ -84,6 +91,9 @@ class PoolPublisher:
         call.add_done_callback(lambda _: self._wake.set())
         try:
             await call.write(kvstore_pb2.PublishBlocksRequest(holder_id=self._holder_id))
+            await call.initial_metadata()
+            if not call.done():
+                self.reachable = True
             self._changes = dict.fromkeys(self._have, True)
             while not call.done():
                 for message in self._take_changes():
@@ -91,6 +101,10 @@ class PoolPublisher:
                 await self._wake.wait()
                 self._wake.clear()
             await call  # raises what ended it
+        except asyncio.InvalidStateError:  # what a write to a stream that has ended raises
+            if not call.done():
+                raise
+            await call
         finally:
             call.cancel()
 
@@ -104,6 +118,10 @@ class PoolPublisher:
             for start in range(0, len(changes), _KEYS_PER_MESSAGE)
             for part in [changes[start : start + _KEYS_PER_MESSAGE]]
         ]
+
+
+def _is_unreachable(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def _reason(error: Exception) -> str:

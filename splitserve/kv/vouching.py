@@ -41,9 +41,9 @@ class Vouching:
             }
         self._good_until[lease.lease_id] = asked_at + _GOOD_FOR_S
 
-    async def ensure(self, lease: Lease) -> None:
-        """Returns if a copy may begin now, asking the store if need be. Raises LeaseEnded."""
-        while self._good_until.get(lease.lease_id, 0.0) <= self.now():
+    async def ensure(self, lease: Lease) -> float:
+        """Until when, by `now`, a copy may begin; asks the store if need be. Raises LeaseEnded."""
+        while (good_until := self._good_until.get(lease.lease_id, 0.0)) <= self.now():
             lock = self._asking.setdefault(lease.lease_id, asyncio.Lock())
             try:
                 async with lock:
@@ -51,6 +51,7 @@ class Vouching:
                         await self.ask(lease)
             finally:
                 self._asking.pop(lease.lease_id, None)
+        return good_until
 
     async def ask(self, lease: Lease) -> None:
         """Asks the store whether the lease is live. Raises LeaseEnded."""

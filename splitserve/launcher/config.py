@@ -7,6 +7,7 @@ import socket
 import sys
 from dataclasses import dataclass, field
 
+from splitserve.engine.threads import share_of_cores
 from splitserve.errors import ConfigError
 from splitserve.model_name import default_model_name
 
@@ -85,11 +86,14 @@ def plan(config: SuiteConfig) -> list[ServicePlan]:
     decodes = [address(config.decode_port if i == 0 else 0) for i in range(config.num_decode)]
     router = address(config.router_port)
     worker = ("--kvstore", kvstore, *_engine_flags(config))
+    # Decoding is bound by memory, so that half of the cores serve it almost as well as all, and
+    # its steps are not held up by a prompt that is computed beside it.
+    decode = (*worker, "--threads", str(share_of_cores()))
     targets = ("--prefill", ",".join(prefills), "--decode", ",".join(decodes))
     return [
         _service(config, "kvstore", 0, kvstore, ()),
         *(_service(config, "prefill", i, at, worker) for i, at in enumerate(prefills)),
-        *(_service(config, "decode", i, at, worker) for i, at in enumerate(decodes)),
+        *(_service(config, "decode", i, at, decode) for i, at in enumerate(decodes)),
         _service(config, "router", 0, router, (*targets, *_router_flags(config))),
     ]
 

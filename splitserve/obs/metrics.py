@@ -51,6 +51,11 @@ class Metrics:
             names.KV_CACHE_USAGE_PERC, "Share of KV pages that live sequences hold, 0 to 1."
         )
 
+        self.router_split_working = self._plain_gauge(
+            names.ROUTER_SPLIT_WORKING,
+            "1 if the router's last canary went through the prefill tier, else 0.",
+        )
+
     def _add_latencies(self) -> None:
         self.time_to_first_token_seconds = self._histogram(
             names.TIME_TO_FIRST_TOKEN_SECONDS, "From receipt to the first token.", SLOW_SECONDS

@@ -129,6 +129,8 @@ REQUEST_FAILURES = "request_failures"
 PREFIX_CACHE_QUERIES = "prefix_cache_queries"
 PREFIX_CACHE_HITS = "prefix_cache_hits"
 
+ROUTER_SPLIT_WORKING = "router_split_working"
+
 KVSTORE_LIVE_LEASES = "kvstore_live_leases"
 KVSTORE_LEASES_EXPIRED = "kvstore_leases_expired"
 KVSTORE_USED_BYTES = "kvstore_used_bytes"

@@ -18,7 +18,7 @@ class AttachRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "cache_salt", "lease", "trace_context", "deadline_unix_ms", "resume")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "cache_salt", "lease", "trace_context", "timeout_ms", "resume")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -32,7 +32,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -40,9 +40,9 @@ class Submit(_message.Message):
     cache_salt: bytes
     lease: _common_pb2.LeaseRef
     trace_context: _containers.ScalarMap[str, str]
-    deadline_unix_ms: int
+    timeout_ms: int
     resume: _containers.RepeatedCompositeFieldContainer[ChoiceProgress]
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., deadline_unix_ms: _Optional[int] = ..., resume: _Optional[_Iterable[_Union[ChoiceProgress, _Mapping]]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Iterable[_Union[ChoiceProgress, _Mapping]]] = ...) -> None: ...
 
 class ChoiceProgress(_message.Message):
     __slots__ = ("index", "token_ids", "finished")

@@ -209,6 +209,28 @@ class ReadBlocksResponse(_message.Message):
     data: bytes
     def __init__(self, key: _Optional[bytes] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
+class DropBlocksRequest(_message.Message):
+    __slots__ = ("lease", "blocks")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    lease: _common_pb2.LeaseRef
+    blocks: _containers.RepeatedCompositeFieldContainer[DamagedBlock]
+    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[DamagedBlock, _Mapping]]] = ...) -> None: ...
+
+class DamagedBlock(_message.Message):
+    __slots__ = ("key", "digest")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    digest: bytes
+    def __init__(self, key: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class DropBlocksResponse(_message.Message):
+    __slots__ = ("num_dropped",)
+    NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    num_dropped: int
+    def __init__(self, num_dropped: _Optional[int] = ...) -> None: ...
+
 class LookupBlocksRequest(_message.Message):
     __slots__ = ("keys",)
     KEYS_FIELD_NUMBER: _ClassVar[int]

@@ -90,6 +90,11 @@ class KvStoreServiceStub:
                 request_serializer=splitserve_dot_v1_dot_kvstore__pb2.ReadBlocksRequest.SerializeToString,
                 response_deserializer=splitserve_dot_v1_dot_kvstore__pb2.ReadBlocksResponse.FromString,
                 _registered_method=True)
+        self.DropBlocks = channel.unary_unary(
+                '/splitserve.v1.KvStoreService/DropBlocks',
+                request_serializer=splitserve_dot_v1_dot_kvstore__pb2.DropBlocksRequest.SerializeToString,
+                response_deserializer=splitserve_dot_v1_dot_kvstore__pb2.DropBlocksResponse.FromString,
+                _registered_method=True)
         self.LookupBlocks = channel.unary_unary(
                 '/splitserve.v1.KvStoreService/LookupBlocks',
                 request_serializer=splitserve_dot_v1_dot_kvstore__pb2.LookupBlocksRequest.SerializeToString,
@@ -218,6 +223,19 @@ class KvStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DropBlocks(self, request, context):
+        """Gives up blocks whose content a reader found not to match their digest. The key of each is
+        free at once, so that whoever reserves it next writes it anew; its space is freed when the
+        last lease that holds it ends. A block that the lease does not hold, or that has another
+        digest by now, stays.
+
+        Errors:
+        * `FAILED_PRECONDITION`: the lease has ended or its epoch is not this store's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LookupBlocks(self, request, context):
         """Tells which holders have which blocks: the store itself, other stores and workers' pools.
         Soft state: an answer may be stale, never a promise.
@@ -228,7 +246,8 @@ class KvStoreServiceServicer:
 
     def PublishBlocks(self, request_iterator, context):
         """Tells the directory what a worker's pool has. One stream a worker; when it ends, all of the
-        worker's entries go.
+        worker's entries go. The store sends its initial metadata at once, as a sign that it is there.
+        What a full directory has no room for is left out.
 
         Errors:
         * `INVALID_ARGUMENT`: the first message names no holder.
@@ -296,6 +315,11 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     servicer.ReadBlocks,
                     request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.ReadBlocksRequest.FromString,
                     response_serializer=splitserve_dot_v1_dot_kvstore__pb2.ReadBlocksResponse.SerializeToString,
+            ),
+            'DropBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropBlocks,
+                    request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.DropBlocksRequest.FromString,
+                    response_serializer=splitserve_dot_v1_dot_kvstore__pb2.DropBlocksResponse.SerializeToString,
             ),
             'LookupBlocks': grpc.unary_unary_rpc_method_handler(
                     servicer.LookupBlocks,
@@ -589,6 +613,33 @@ class KvStoreService:
             '/splitserve.v1.KvStoreService/ReadBlocks',
             splitserve_dot_v1_dot_kvstore__pb2.ReadBlocksRequest.SerializeToString,
             splitserve_dot_v1_dot_kvstore__pb2.ReadBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitserve.v1.KvStoreService/DropBlocks',
+            splitserve_dot_v1_dot_kvstore__pb2.DropBlocksRequest.SerializeToString,
+            splitserve_dot_v1_dot_kvstore__pb2.DropBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -136,7 +136,7 @@ def _assemble(
     layout = KvLayout(spec.fingerprint, spec.block_tokens, spec.block_bytes)
     metrics = Metrics(model_name=config.served_name)
     relay = OutputRelay(loop)
-    stores = Stores(config.kvstore, _connector(config, worker_id, layout))
+    stores = Stores(config.kvstore, _connector(config, worker_id, layout, metrics))
 
     def publish(added: list[bytes], removed: list[bytes]) -> None:
         loop.call_soon_threadsafe(stores.publish, added, removed)
@@ -191,7 +191,7 @@ def _assemble(
 
 
 def _connector(
-    config: WorkerConfig, worker_id: str, layout: KvLayout
+    config: WorkerConfig, worker_id: str, layout: KvLayout, metrics: Metrics
 ) -> Callable[[str], Awaitable[KvStoreClient]]:
     async def connect(address: str) -> KvStoreClient:
         # Only the node's own store hears what the pool has, under the worker's own name.
@@ -202,6 +202,7 @@ def _connector(
             layout=layout,
             tls=config.tls,
             transport=config.transport,
+            metrics=metrics,
         )
 
     return connect

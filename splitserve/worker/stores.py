@@ -36,9 +36,9 @@ class Stores:
 
     @property
     def home_address(self) -> str:
-        """Where everyone else reaches the node's own store; empty until it is connected."""
+        """Where everyone else reaches the node's own store; empty while it is out of reach."""
         home = self._clients.get(self.home)
-        return home.advertised_address if home is not None else ""
+        return home.advertised_address if home is not None and home.reachable else ""
 
     def start(self) -> None:
         """Begin to connect to the node's own store."""
@@ -88,8 +88,9 @@ class Stores:
             await asyncio.sleep(HOME_RETRY_S)
 
     async def _client(self, address: str) -> KvStoreClient:
-        if address == self.home_address:
-            address = self.home
+        home = self._clients.get(self.home)
+        if home is not None and address == home.advertised_address:
+            return home
         client = self._clients.get(address)
         if client is not None:
             return client

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import grpc
 
@@ -51,6 +50,7 @@ async def test_one_message_a_step(suite, attach):
     assert router.num_messages <= 45
 
 
+LEASE = common_pb2.LeaseRef(lease_id="gone", epoch=1, store_address=NO_STORE)
 REFUSED = [
     ({"prompt": []}, "prompt_token_ids"),
     ({"prompt": [1000]}, "prompt_token_ids"),
@@ -64,6 +64,7 @@ REFUSED = [
     ({"resume": [decode_pb2.ChoiceProgress(index=1)]}, "resume"),
     ({"resume": [decode_pb2.ChoiceProgress(token_ids=[1000])]}, "resume"),
     ({"resume": [decode_pb2.ChoiceProgress(finished=True)]}, "resume"),
+    ({"resume": [decode_pb2.ChoiceProgress(token_ids=[1])], "lease": LEASE}, "resume"),
 ]
 
 
@@ -85,18 +86,17 @@ async def test_bad_submits_end_themselves_only(suite, attach, pages_free):
 async def test_starts_that_do_not_fit(suite, attach, pages_free):
     decode = await suite.decode(NO_STORE)
     router = attach(decode)
-    lease = common_pb2.LeaseRef(lease_id="gone", epoch=1, store_address=NO_STORE)
     await router.start("unknown", [1])
     assert code_of(await router.result("unknown")) is grpc.StatusCode.NOT_FOUND
     for name, firsts in (("few", []), ("many", [1, 2]), ("range", [1000])):
-        await router.submit(name, PROMPT, lease=lease)
+        await router.submit(name, PROMPT, lease=LEASE)
         await router.start(name, firsts)
         assert code_of(await router.result(name)) is grpc.StatusCode.INVALID_ARGUMENT
-    await router.submit("twice", PROMPT, lease=lease, max_tokens=4000)
+    await router.submit("twice", PROMPT, lease=LEASE, max_tokens=4000)
     await router.start("twice", [3])
     await router.start("twice", [3])
     assert code_of(await router.result("twice")) is grpc.StatusCode.INVALID_ARGUMENT
-    await router.submit("ends-at-once", PROMPT, lease=lease, max_tokens=1)
+    await router.submit("ends-at-once", PROMPT, lease=LEASE, max_tokens=1)
     await router.start("ends-at-once", [3])
     ended = await router.result("ends-at-once")
     assert (ended.tokens, ended.finish_reason) == ([], common_pb2.FINISH_REASON_LENGTH)
@@ -156,9 +156,8 @@ async def test_a_router_that_sends_no_more_gets_what_it_asked_for(suite, attach)
 async def test_the_worker_keeps_the_deadline(suite, attach, pages_free):
     decode = await suite.decode(NO_STORE, *SLOW)
     router = attach(decode)
-    soon = int(time.time() * 1000) + 300
-    await router.submit("late", PROMPT, max_tokens=2000, deadline_unix_ms=soon)
-    await router.submit("over", PROMPT, max_tokens=5, deadline_unix_ms=1)
+    await router.submit("late", PROMPT, max_tokens=2000, timeout_ms=300)
+    await router.submit("over", PROMPT, max_tokens=50, timeout_ms=1)
     assert code_of(await router.result("over")) is grpc.StatusCode.DEADLINE_EXCEEDED
     late = await router.result("late")
     assert code_of(late) is grpc.StatusCode.DEADLINE_EXCEEDED

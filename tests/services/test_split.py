@@ -177,6 +177,9 @@ async def test_a_corrupt_block_is_recomputed(split):
     result = await split.attachment.result("a")
     assert [first, *result.tokens] == expected_tokens(prompt, 8)
     assert result.cached_tokens == BLOCK, "only the block before the corrupt one was usable"
+    await split.control.release([lease])
+    assert await split.run("b", prompt) == expected_tokens(prompt, 8)
+    assert split.attachment.choice("b").cached_tokens == len(prompt), "the block was written anew"
 
 
 async def corrupt(split: Split, lease: Lease, prompt: list[int], index: int) -> None:
@@ -188,7 +191,7 @@ async def corrupt(split: Split, lease: Lease, prompt: list[int], index: int) -> 
             client.arena[ready[0].arena_offset + 5] ^= 1
 
 
-async def test_a_lost_store_costs_work_not_answers(split, pages_free):
+async def test_a_lost_store_costs_work_not_answers(split, pages_free, worker_state):
     prompt, lease = prompt_of(6 * BLOCK), await split.lease()
     await split.attachment.submit("a", prompt, lease=lease.to_proto())
     await split.suite.kill(split.store)
@@ -200,6 +203,11 @@ async def test_a_lost_store_costs_work_not_answers(split, pages_free):
     await pages_free(split.prefill)
     await pages_free(split.decode)
 
+    async def told(address: str) -> bool:
+        states = [await worker_state(worker) for worker in (split.prefill, split.decode)]
+        return all(state.store_address == address for state in states)
+
+    await split.suite.eventually(lambda: told(""))
     await split.suite.kvstore(port=split.store.port)
     async with asyncio.timeout(3):
         attempt = 0
@@ -210,6 +218,7 @@ async def test_a_lost_store_costs_work_not_answers(split, pages_free):
                 assert await split.run(name, prompt) == expected_tokens(prompt, 8)
                 if split.attachment.choice(name).cached_tokens == len(prompt):
                     break
+        await split.suite.eventually(lambda: told(split.store.address))
 
 
 async def test_a_lease_that_ends_costs_work_not_answers(split, pages_free):

@@ -51,13 +51,43 @@ async def test_a_loop_ends_in_time_and_the_next_conversation_is_served():
 
 
 async def test_a_cancelled_conversation_does_not_answer_the_next():
-    async with running(LOOP) as process:
+    async with running(LOOP, time_s=0.3) as process:
         await process.start()
         task = asyncio.create_task(process.render(LOOP_MESSAGES))
         await asyncio.sleep(0)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(task, 0.05)
         assert await process.render(MESSAGES) == "ok"
+
+
+async def test_a_cancelled_conversation_leaves_the_child_to_the_others():
+    async with running(ECHO) as process:
+        await process.start()
+        child = process._child
+        for number in range(3):
+            task = asyncio.create_task(process.render([{"role": "user", "content": "gone"}]))
+            # So many steps into it: about to send, having sent, and between.
+            for _ in range(number + 1):
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await process.render(MESSAGES) == "hé>"
+        assert process._child is child
+        assert child.returncode is None
+
+
+async def test_who_is_cancelled_while_waiting_costs_no_render():
+    async with running(ECHO) as process:
+        await process.start()
+        first = asyncio.create_task(process.render(MESSAGES))
+        waiting = asyncio.create_task(process.render(MESSAGES))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        assert await first == "hé>"
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert await process.render(MESSAGES) == "hé>"
 
 
 async def test_memory_is_bounded():

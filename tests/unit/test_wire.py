@@ -12,10 +12,10 @@ from splitserve import wire
 from splitserve.engine.protocol import DrawnToken, Logprob
 from splitserve.errors import (
     BlockCorrupt,
+    BlockNotFound,
     DeadlineExceeded,
     InvalidRequest,
     LeaseEnded,
-    ModelNotFound,
     Overloaded,
     RequestCancelled,
     SplitserveError,
@@ -94,7 +94,7 @@ def test_finish_reasons_survive(reason: FinishReason | None) -> None:
     "error",
     [
         InvalidRequest.single("a", "b"),
-        ModelNotFound("m"),
+        BlockNotFound("m"),
         Unauthenticated("m"),
         Overloaded("m"),
         DeadlineExceeded("m"),

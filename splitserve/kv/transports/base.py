@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from splitserve.errors import LeaseEnded
 from splitserve.kv.layout import Lease, ReadableBlock, Reservation
+
+
+class WriteTooLate(LeaseEnded):
+    """A copy waited for its turn until its lease was not vouched for any more; it has not begun."""
 
 
 class Transport(Protocol):
@@ -26,8 +31,13 @@ class Transport(Protocol):
         reservation: Reservation,
         offset_bytes: int,
         data: memoryview,
+        begin_by_s: float,
     ) -> None:
-        """Copies `data` (contiguous bytes) to `offset_bytes` of a reserved block."""
+        """Copies `data` (contiguous bytes) to `offset_bytes` of a reserved block.
+
+        A transport that needs vouching raises WriteTooLate, and touches nothing, if the copy's
+        turn comes only after `begin_by_s`, in the seconds of `time.monotonic`.
+        """
 
     async def read(
         self, lease: Lease, block: ReadableBlock, out: memoryview, check: Callable[[], None]

@@ -36,6 +36,7 @@ class GrpcTransport:
         reservation: Reservation,
         offset_bytes: int,
         data: memoryview,
+        begin_by_s: float,
     ) -> None:
         """See Transport."""
         parts = _parts(lease, key, offset_bytes, data)

@@ -115,14 +115,34 @@ async def test_one_changed_byte_in_the_arena_is_found(
     await blocks.hand_in(client, lease)
     (block,), _ = await awaited(client, lease, blocks.keys)
     out = memoryview(bytearray(block.size_bytes))
-    vandal.arena[block.arena_offset + 1234] ^= 1
-    with pytest.raises(BlockCorrupt, match="recompute"):
-        await client.read(lease, block, out)
-    vandal.arena[block.arena_offset + 1234] ^= 1
     await client.read(lease, block, out)
     vandal.arena[block.arena_offset + 1234] ^= 1
     assert bytes(out) == blocks.data[block.key]  # the copy was checked, and is not the arena
+    with pytest.raises(BlockCorrupt, match="recompute"):
+        await client.read(lease, block, out)
     await client.release([lease])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_block_damaged_at_rest_is_healed_by_the_next_request(
+    own_store, connect, content, awaited, transport
+):
+    client, vandal = await connect(own_store, transport), await connect(own_store, "shm")
+    writer, first, second = [await client.grant_lease("router", 5000) for _ in range(3)]
+    blocks = content(1)
+    await blocks.hand_in(client, writer)
+    await client.release([writer])
+    (block,), _ = await awaited(client, first, blocks.keys)
+    vandal.arena[block.arena_offset] ^= 1
+    with pytest.raises(BlockCorrupt):
+        await client.read(first, block, memoryview(bytearray(block.size_bytes)))
+    assert await awaited(client, first, blocks.keys) == ([], blocks.keys)
+    assert await client.lookup(blocks.keys) == {}
+    await blocks.hand_in(client, second)
+    (again,) = await blocks.take_out(client, second)
+    assert again.arena_offset != block.arena_offset, "the first reader may still be copying"
+    await client.release([first, second])
+    assert (await client.stats()).used_bytes == -(-block.size_bytes // 4096) * 4096
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -259,6 +279,41 @@ async def test_pools_are_found_and_forgotten(shared_store, connect, until):
     await until(holders_are({"pool-one": 4}))
     one.publish(removed=keys[:1])
     await until(holders_are({}))
+
+
+async def test_a_full_directory_costs_nobody_the_shared_memory(
+    start_store, connect, content, until
+):
+    store = start_store("--max-directory-entries", "2")
+    client = await connect(store, "shm", worker_id="pool")
+    keys = [bytes([at]) * 32 for at in range(5)]
+    client.publish(added=keys)
+
+    async def full():
+        return (await client.stats()).directory_entries == 2
+
+    await until(full)
+    client.publish(removed=keys)  # on the same stream, which has not ended
+    client.publish(added=keys[:1])
+
+    async def heard():
+        return await client.lookup(keys) == {"pool": 1}
+
+    await until(heard)
+    assert sum("directory is full" in line for line in store.log) == 1
+    assert client.reachable
+    assert client.arena.nbytes == 8 << 20
+
+
+async def test_a_refused_publisher_keeps_the_shared_memory(shared_store, connect, until, caplog):
+    client = await connect(shared_store, "shm", worker_id=shared_store.address)
+
+    async def refused():
+        return "is this store's own address" in caplog.text
+
+    await until(refused)
+    assert client.reachable
+    assert client.arena.nbytes == 8 << 20
 
 
 async def test_a_layout_that_does_not_fit_is_refused(shared_store):

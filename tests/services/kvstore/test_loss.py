@@ -168,10 +168,16 @@ async def test_pools_are_published_again(own_store, connect, until):
         except Unavailable:
             return False
 
+    async def out_of_reach():
+        return not client.reachable
+
     await until(known)
+    assert client.reachable
     own_store.kill()
+    await until(out_of_reach)
     own_store.start()
     await until(known, within_s=10)
+    assert client.reachable
 
 
 async def test_a_killed_worker_is_forgotten_with_its_reservations(own_store, connect, until):

@@ -98,11 +98,12 @@ async def test_a_lease_that_does_not_exist(stub, lease):
         stub.ReserveBlocks(kvstore_pb2.ReserveBlocksRequest(lease=other), timeout=5),
         stub.CommitBlocks(kvstore_pb2.CommitBlocksRequest(lease=other), timeout=5),
         stub.AbandonBlocks(kvstore_pb2.AbandonBlocksRequest(lease=other), timeout=5),
+        stub.DropBlocks(kvstore_pb2.DropBlocksRequest(lease=other), timeout=5),
         stub.AwaitBlocks(kvstore_pb2.AwaitBlocksRequest(lease=other, keys=[KEY]), timeout=5),
         stub.ReadBlocks(kvstore_pb2.ReadBlocksRequest(lease=other, keys=[KEY]), timeout=5),
         stub.WriteBlocks([kvstore_pb2.WriteBlocksRequest(lease=other, key=KEY)], timeout=5),
     ]
-    assert [await code_of(call) for call in requests] == [ENDED] * 6
+    assert [await code_of(call) for call in requests] == [ENDED] * 7
 
 
 async def test_blocks_that_the_lease_does_not_hold(stub, lease):
@@ -111,6 +112,11 @@ async def test_blocks_that_the_lease_does_not_hold(stub, lease):
     assert await code_of(stub.ReadBlocks(read, timeout=5)) is grpc.StatusCode.NOT_FOUND
     request = kvstore_pb2.CommitBlocksRequest(lease=lease, blocks=[commit])
     assert await code_of(stub.CommitBlocks(request, timeout=5)) is ENDED
+    damaged = [kvstore_pb2.DamagedBlock(key=KEY, digest=b"d" * 16)]
+    drop = kvstore_pb2.DropBlocksRequest(lease=lease, blocks=damaged)
+    assert (await stub.DropBlocks(drop, timeout=5)).num_dropped == 0
+    drop.blocks[0].digest = b"short"
+    assert await code_of(stub.DropBlocks(drop, timeout=5)) is INVALID
     commit.digest = b"short"
     request = kvstore_pb2.CommitBlocksRequest(lease=lease, blocks=[commit])
     assert await code_of(stub.CommitBlocks(request, timeout=5)) is INVALID
@@ -158,6 +164,7 @@ METHODS = {
     "WriteBlocks": True,
     "CommitBlocks": False,
     "AbandonBlocks": False,
+    "DropBlocks": False,
     "LookupBlocks": False,
     "PublishBlocks": True,
 }

@@ -133,13 +133,112 @@ async def test_the_only_decode_worker_comes_back(start_suite: Any, tools: Any) -
     await suite.assert_nothing_left()
 
 
-async def test_readiness_follows_the_tiers(start_suite: Any) -> None:
+def split_works(suite: Any) -> bool:
+    """As the gauge tells."""
+    value: float = suite.router.metrics.registry.get_sample_value("splitserve_router_split_working")
+    return value == 1
+
+
+async def test_readiness_follows_the_decode_tier(start_suite: Any) -> None:
     suite = await start_suite(flags=["--canary-interval-s=0.05", "--worker-wait-s=0.05"])
-    for address in (suite.prefill.address, suite.decode.address, suite.store.address):
-        await suite.kill(address)
-        await suite.until(lambda: not suite.router.readiness.ready)
-        await suite.bring_back(address)
-        await suite.until(lambda: suite.router.readiness.ready)
+    assert split_works(suite)
+    await suite.kill(suite.decode.address)
+    await suite.until(lambda: not suite.router.readiness.ready)
+    assert not split_works(suite)
+    await suite.bring_back(suite.decode.address)
+    await suite.until(lambda: suite.router.readiness.ready and split_works(suite))
+    await suite.assert_nothing_left()
+
+
+@pytest.mark.parametrize("tier", ["prefill", "store"])
+async def test_it_stays_ready_without_the_split(start_suite: Any, tools: Any, tier: str) -> None:
+    suite = await start_suite(flags=["--canary-interval-s=0.05"])
+    told: list[bool] = []
+    suite.router.readiness._set_ready = told.append
+    address = getattr(suite, tier).address
+    await suite.kill(address)
+    await suite.until(lambda: not split_works(suite))
+    assert tools.token_ids(await suite.generate(max_tokens=5)) == tools.tokens_after(PROMPT, 5)
+    await suite.bring_back(address)
+    await suite.until(lambda: split_works(suite))
+    assert told == []
+    assert suite.router.readiness.ready
+    await suite.assert_nothing_left()
+
+
+async def test_a_router_that_starts_without_prefill_serves_after_a_while(
+    start_suite: Any, tools: Any
+) -> None:
+    suite = await start_suite(prefills=0, flags=["--split-wait-s=0.2", "--prefill=127.0.0.1:1"])
+    assert suite.router.readiness.ready
+    assert not split_works(suite)
+    assert tools.token_ids(await suite.generate(max_tokens=5)) == tools.tokens_after(PROMPT, 5)
+
+
+async def test_a_dead_store_leaves_the_other_stores_prefill_workers(
+    start_suite: Any, tools: Any
+) -> None:
+    suite = await start_suite(prefills=4)
+    for number, prefill in enumerate(suite.prefills):
+        state = suite.states[prefill.address].state
+        if number == 0:
+            state.store_address = "127.0.0.1:1"
+        else:
+            state.queued_tokens = 1000
+    known = suite.router.pools[0].known
+    await suite.until(
+        lambda: (
+            sorted(w.queued_tokens for w in known()) == [0, 1000, 1000, 1000]
+            and sum(w.store_address == "127.0.0.1:1" for w in known()) == 1
+        )
+    )
+    for _ in range(3):
+        messages = await suite.generate(max_tokens=5)
+        assert tools.token_ids(messages) == tools.tokens_after(PROMPT, 5)
+    assert suite.prefills[0].requests == []
+    assert sum(len(prefill.requests) for prefill in suite.prefills) == 3
+    assert all(submit.HasField("lease") for submit in suite.decode.submits)
+    await suite.assert_nothing_left()
+
+
+async def update_model(suite: Any, decode: Any) -> None:
+    """The worker now has another model under the same name."""
+    suite.states[decode.address].state.kv_layout.model_fingerprint = b"g" * 32
+    known = suite.router.pools[1].known
+    await suite.until(lambda: any(w.model_fingerprint == b"g" * 32 for w in known()))
+
+
+async def test_output_is_not_gone_on_with_by_another_model(start_suite: Any, tools: Any) -> None:
+    suite = await start_suite(decodes=2, flags=["--worker-wait-s=0.2"])
+    first, other = suite.decodes
+    await update_model(suite, other)
+    first.hold_at = 3
+    call = suite.stub.Generate(tools.make_request(max_tokens=8), timeout=10)
+    messages = []
+    while len(tools.token_ids(messages)) < 3:
+        messages.append(await call.read())
+    await suite.kill(first.address)
+    assert await status_of(call) is grpc.StatusCode.UNAVAILABLE
+    assert other.submits == []
+    first.live.clear()
+    await suite.assert_nothing_left()
+
+
+async def test_resume_waits_for_a_worker_of_the_same_model(start_suite: Any, tools: Any) -> None:
+    suite = await start_suite(decodes=2)
+    first, other = suite.decodes
+    await update_model(suite, other)
+    first.hold_at = 3
+    call = suite.stub.Generate(tools.make_request(max_tokens=8), timeout=10)
+    messages = []
+    while len(tools.token_ids(messages)) < 3:
+        messages.append(await call.read())
+    await suite.kill(first.address)
+    first.release()
+    await suite.bring_back(first.address)
+    messages += await tools.rest_of(call)
+    assert tools.token_ids(messages) == tools.tokens_after(PROMPT, 8)
+    assert other.submits == []
     await suite.assert_nothing_left()
 
 
@@ -195,9 +294,17 @@ async def test_store_dies(start_suite: Any, tools: Any) -> None:
     await suite.assert_nothing_left()
 
 
-@pytest.mark.parametrize("retried", [True, False])
-async def test_sequence_error(start_suite: Any, tools: Any, retried: bool) -> None:
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED if retried else grpc.StatusCode.INTERNAL
+@pytest.mark.parametrize(
+    ("code", "retried"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, True),
+        (grpc.StatusCode.NOT_FOUND, True),
+        (grpc.StatusCode.INTERNAL, False),
+    ],
+)
+async def test_sequence_error(
+    start_suite: Any, tools: Any, code: grpc.StatusCode, retried: bool
+) -> None:
     suite = await start_suite(decodes=2)
     suite.store.holders = {"decode-0": 2}
     suite.decodes[0].error = decode_pb2.SequenceError(code=code.value[0], message="broken")

@@ -65,6 +65,19 @@ async def test_sampling_out_of_range(shared_suite: Any, name: str, value: Any) -
     assert fields_of(error) - {"tokens.ids"} == {f"sampling.{name}"}
 
 
+async def test_min_tokens_that_the_context_has_no_room_for(shared_suite: Any) -> None:
+    def request(min_tokens: int) -> Any:
+        made = shared_suite.make_request(prompt=[7] * 500, min_tokens=min_tokens)
+        made.sampling.ClearField("max_tokens")
+        return made
+
+    error = await error_of(shared_suite, request(13))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields_of(error) == {"sampling.min_tokens"}
+    messages = [message async for message in shared_suite.stub.Generate(request(12), timeout=5)]
+    assert messages[-1].usage.completion_tokens == 12
+
+
 BAD_SHAPES = {
     "prompt": inference_pb2.GenerateRequest(),
     "text": inference_pb2.GenerateRequest(text="hello"),

@@ -18,6 +18,7 @@ from services.router.__main__ import Router, started
 from services.router.config import RouterConfig
 from splitserve.config import load
 from splitserve.engine.fake import expected_tokens
+from splitserve.errors import Unavailable
 from splitserve.kv.control import StoreControl
 from splitserve.obs.tracing import Tracing
 from splitserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -163,6 +164,19 @@ async def test_a_seed_draws_the_same_by_every_route(tiers: Tiers) -> None:
     assert tokens_of(split, 0) != tokens_of(split, 1)
 
 
+async def held_blocks(control: StoreControl) -> int | None:
+    """None while the store is away."""
+    try:
+        return (await control.stats()).held_blocks
+    except Unavailable:
+        return None
+
+
+def split_works(router: Router) -> bool:
+    """As the gauge tells."""
+    return router.metrics.registry.get_sample_value("splitserve_router_split_working") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["prefill", "decode", "kvstore"])
 async def test_kill_9_under_load(tiers: Tiers, victim: str) -> None:
@@ -189,8 +203,9 @@ async def test_kill_9_under_load(tiers: Tiers, victim: str) -> None:
     control = StoreControl(tiers.services["kvstore"].address)
     try:
         async with asyncio.timeout(LEASE_S + 10):
-            while (await control.stats()).held_blocks:  # noqa: ASYNC110 - it is polled
+            while await held_blocks(control) != 0:  # noqa: ASYNC110 - it is polled
                 await asyncio.sleep(0.05)
+        await until(lambda: split_works(tiers.router), 10)
     finally:
         await control.close()
     await until(lambda: not tiers.router.links.num_sessions, 5)

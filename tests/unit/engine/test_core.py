@@ -12,7 +12,7 @@ from splitserve.engine.core import CoreConfig, EngineCore
 from splitserve.engine.fake import FakeEngine, expected_tokens
 from splitserve.engine.protocol import DrawnToken, LayersDone, Slice
 from splitserve.engine.sequence import PageLoad, Sequence
-from splitserve.errors import InvalidRequest, Overloaded
+from splitserve.errors import InvalidRequest, Overloaded, Unavailable
 from splitserve.kv.keys import chain_keys, root_key
 from splitserve.sampling import FinishReason, SamplingParams
 
@@ -347,3 +347,45 @@ def test_prompt_that_fills_its_last_block_has_room_for_its_first_token(
     bench.run()
     assert bench.tokens["d"] == rest
     assert not bench.outputs[-1].error
+
+
+def test_awaiting_sequences_do_not_keep_others_out_of_the_batch(make_bench: MakeBench) -> None:
+    """A queue at the prefill tier must not idle the decode worker."""
+    bench = make_bench(max_batch=2)
+    sources = [Source() for _ in range(4)]
+    for index, source in enumerate(sources):
+        bench.submit(f"d{index}", PROMPT, source=source, await_first_token=True)
+    bench.submit("plain", [3, 5], count=6)
+    bench.run()
+    assert bench.tokens["plain"] == expected_tokens([3, 5], 6)
+    first, *rest = expected_tokens(PROMPT, 8)
+    for index in range(4):
+        bench.core.first_token(f"d{index}", first)
+        bench.core.loaded(f"d{index}", 0)
+    bench.run()
+    for index in range(4):
+        assert bench.tokens[f"d{index}"] == rest
+    assert pool_is_free(bench)
+
+
+def test_source_never_fills_a_page_that_is_shared(make_bench: MakeBench) -> None:
+    """With prompt and output cached already, there is nothing to load."""
+    bench, source = make_bench(), Source()
+    bench.submit("a", PROMPT[:20], count=30)
+    bench.run()
+    output = expected_tokens(PROMPT[:20], 30)
+    bench.submit("b", PROMPT[:20], count=34, output=output[:29], source=source)
+    bench.run()
+    assert source.blocks == []
+    assert bench.tokens["b"] == expected_tokens(PROMPT[:20], 34)[29:]
+
+
+def test_stop_ends_every_sequence_with_an_error(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.submit("a", [1, 2], count=50)
+    bench.core.step()
+    bench.core.stop()
+    assert isinstance(bench.outputs[-1].error, Unavailable)
+    assert pool_is_free(bench)
+    with pytest.raises(Unavailable):
+        bench.submit("b", [1])

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from services.kvstore.blocks import BlockTable, ReserveOutcome
+from services.kvstore.block import ReserveOutcome
+from services.kvstore.blocks import BlockTable
 from services.kvstore.space import PAGE_BYTES, Space
 from splitserve.errors import BlockNotFound, InvalidRequest, LeaseEnded, Overloaded
 from splitserve.kv.layout import WRITE_GRACE_S, BlockSpec
@@ -204,6 +205,33 @@ LEASES = st.sampled_from("abcd")
 NAMES = st.integers(0, 11)
 
 
+def test_a_damaged_block_frees_its_key_at_once_and_its_space_with_its_last_holder(world):
+    world.put("a", 1)
+    world.table.hold("b", key(1))
+    assert world.table.drop_damaged("b", key(1), DIGEST)
+    assert world.dropped == [key(1)]
+    assert world.table.hold("c", key(1)) is None
+    with pytest.raises(BlockNotFound):
+        world.table.readable("a", key(1))
+    assert world.outcomes("b", 1) == [WRITE]  # elsewhere, though the lease still holds the old one
+    world.table.commit("b", [(key(1), DIGEST)])
+    world.table.end_lease("b")
+    assert world.space.used_bytes == 2 * PAGE_BYTES
+    world.table.end_lease("a")
+    assert world.space.used_bytes == PAGE_BYTES
+    assert world.outcomes("c", 1) == [PRESENT]
+
+
+def test_only_what_the_lease_read_is_dropped(world):
+    world.put("a", 1)
+    world.table.reserve("a", [spec(2)])
+    assert not world.table.drop_damaged("a", key(1), b"x" * 16)
+    assert not world.table.drop_damaged("b", key(1), DIGEST)
+    assert not world.table.drop_damaged("a", key(2), b"")
+    assert not world.table.drop_damaged("a", key(3), DIGEST)
+    assert (world.dropped, len(world.table)) == ([], 2)
+
+
 def spec_of(name):
     """Sizes of 1 to 3 pages; every third block is partial."""
     return spec(name, pages=1 + name % 3, num_tokens=5 if name % 3 == 0 else FULL_TOKENS)
@@ -218,6 +246,7 @@ class BlockMachine(RuleBasedStateMachine):
         self.holds = {lease: set() for lease in "abcd"}
         self.writers = {}
         self.digests = {}
+        self.damaged = []  # (extent, leases that may still read it)
 
     def forget(self, name_key):
         self.writers.pop(name_key, None)
@@ -279,8 +308,22 @@ class BlockMachine(RuleBasedStateMachine):
         assert self.world.dropped == ([key(name)] if mine else [])
         self.note_dropped()
 
+    @rule(lease=LEASES, name=NAMES)
+    def drop_damaged(self, lease, name):
+        mine = key(name) in self.digests and key(name) in self.holds[lease]
+        extents = {block.key: block.extent for block in self.world.table}
+        assert self.world.table.drop_damaged(lease, key(name), DIGEST) == mine
+        if mine:
+            holders = {holder for holder, held in self.holds.items() if key(name) in held}
+            self.damaged.append((extents[key(name)], holders))
+            self.world.dropped.remove(key(name))
+            self.forget(key(name))
+
     @rule(lease=LEASES)
     def end_lease(self, lease):
+        for _, holders in self.damaged:
+            holders.discard(lease)
+        self.damaged = [(extent, holders) for extent, holders in self.damaged if holders]
         self.holds[lease].clear()
         self.world.table.end_lease(lease)
         self.note_dropped()
@@ -297,7 +340,8 @@ class BlockMachine(RuleBasedStateMachine):
         assert {block.key for block in blocks} == self.writers.keys() | self.digests.keys()
         taken = [(block.extent.offset, block.extent.end) for block in blocks]
         free = [(extent.offset, extent.end) for extent in self.world.space.free_extents()]
-        spans = sorted(taken + free)
+        damaged = [(extent.offset, extent.end) for extent, _ in self.damaged]
+        spans = sorted(taken + free + damaged)
         assert all(one[1] <= other[0] for one, other in pairwise(spans))
 
     @invariant()

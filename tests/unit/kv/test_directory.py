@@ -1,11 +1,9 @@
 """The embedded directory against a dict of sets."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.kvstore.directory import MemoryDirectory
-from splitserve.errors import Overloaded
 
 KEYS = [bytes([at]) * 32 for at in range(6)]
 
@@ -35,11 +33,17 @@ async def test_a_late_end_does_not_wipe_out_the_successor():
     assert await directory.lookup(KEYS) == {}
 
 
-def test_is_bounded():
+async def test_what_it_has_no_room_for_is_left_out(caplog):
     directory = MemoryDirectory(max_entries=2)
     token = directory.open("worker")
-    with pytest.raises(Overloaded):
-        directory.update(token, KEYS, [])
+    directory.update(token, KEYS[:4], [])
+    directory.update(token, KEYS[4:], [])
+    assert (directory.num_entries, directory.num_left_out) == (2, 4)
+    assert await directory.lookup(KEYS) == {"worker": 2}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    directory.update(token, [], KEYS[3:])  # of what it never took
+    directory.update(token, KEYS[2:3], KEYS[1:2])
+    assert await directory.lookup([KEYS[0], KEYS[2]]) == {"worker": 2}
     directory.close(token)
     assert directory.num_entries == 0
 

@@ -43,10 +43,10 @@ async def test_a_fresh_answer_is_good_for_half_of_the_grace(control, time_is):
     vouching = Vouching(control)
     vouching.vouched(LEASE, 100.0)
     time_is(100.0 + 0.49 * WRITE_GRACE_S)
-    await vouching.ensure(LEASE)
+    assert await vouching.ensure(LEASE) == 100.0 + 0.5 * WRITE_GRACE_S
     assert control.asked == 0
     time_is(100.0 + 0.5 * WRITE_GRACE_S)
-    await vouching.ensure(LEASE)
+    assert await vouching.ensure(LEASE) == 100.0 + WRITE_GRACE_S
     assert control.asked == 1
 
 

@@ -20,6 +20,7 @@ class StubClient:
         self.advertised_address = ADVERTISED if address == HOME else address
         self.have: set[bytes] = set()
         self.closed = False
+        self.reachable = True
 
     def publish(self, added, removed) -> None:
         self.have |= set(added)
@@ -86,6 +87,20 @@ async def test_each_store_is_connected_once_and_only_home_hears_of_the_pool() ->
     assert network.attempts == 2
     await stores.close()
     assert all(client.closed for client in network.clients)
+
+
+async def test_the_home_address_is_told_only_while_the_store_is_in_reach() -> None:
+    network = Network(HOME)
+    stores = Stores(HOME, network.connect)
+    assert stores.home_address == ""
+    home = await stores.open(Lease("l", 1, ""))
+    assert stores.home_address == ADVERTISED
+    home.reachable = False
+    assert stores.home_address == ""
+    assert await stores.open(Lease("l", 1, ADVERTISED)) is home
+    home.reachable = True
+    assert stores.home_address == ADVERTISED
+    await stores.close()
 
 
 async def test_who_gives_up_leaves_the_connection_to_the_others():
