@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,39 @@ def through_services(client: Client, threads: ThreadPoolExecutor, requests: int)
     return lambda: timed(requests * OUTPUT_TOKENS, run)
 
 
-def in_process(llm: LLM, requests: int, length: int, count: int) -> Measure:
-    def run() -> None:
-        llm.generate([prompt(length) for _ in range(requests)], greedy(count))
+class Monolith:
+    """An `LLM` in a process of its own, as its peer has one: two engines in one process would
+    share OpenMP's threads, and the second would be slowed.
+    """
 
-    return lambda: timed(requests * (count if count > 1 else length), run)
+    def __init__(self, model: Path) -> None:
+        self._process = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), _open_llm, (str(model),)
+        )
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> None:
+        """Complete all prompts in one in-flight batch."""
+        self._process.submit(_generate, prompts, params).result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.shutdown()
+
+
+_LLM: list[LLM] = []
+"""The one engine of a `Monolith`'s process."""
+
+
+def _open_llm(model: str) -> None:
+    _LLM.append(LLM(model, reuse_prefixes=False, max_batch=CONCURRENCY))
+
+
+def _generate(prompts: list[list[int]], params: list[SamplingParams]) -> None:
+    _LLM[0].generate(prompts, params)
+
+
+def prefill_alone(llm: Monolith, length: int) -> Measure:
+    return lambda: timed(length, lambda: llm.generate([prompt(length)], [greedy(1)]))
 
 
 def by_transformers(model: Any, requests: int, length: int, count: int) -> Measure:
@@ -127,21 +156,21 @@ def heavy_tailed(path: Path, count: int) -> list[tuple[int, int]]:
     return [(max(1, r["prompt_tokens"] // 8), max(1, r["output_tokens"] // 8)) for r in lines]
 
 
-def in_flight(llm: LLM, lengths: list[tuple[int, int]]) -> Measure:
+def in_flight(llm: Monolith, lengths: list[tuple[int, int]]) -> Measure:
     def run() -> None:
         llm.generate([prompt(p) for p, _ in lengths], [greedy(o) for _, o in lengths])
 
     return lambda: timed(sum(o for _, o in lengths), run)
 
 
-def static_padded(llm: LLM, lengths: list[tuple[int, int]]) -> Measure:
+def static_padded(llm: Monolith, lengths: list[tuple[int, int]]) -> Measure:
     """Batches in order of arrival; all of a batch is as long as its longest."""
 
     def run() -> None:
         for start in range(0, len(lengths), CONCURRENCY):
             batch = lengths[start : start + CONCURRENCY]
             longest, most = max(p for p, _ in batch), max(o for _, o in batch)
-            llm.generate([prompt(longest) for _ in batch], greedy(most))
+            llm.generate([prompt(longest) for _ in batch], [greedy(most)] * len(batch))
 
     return lambda: timed(sum(o for _, o in lengths), run)
 
@@ -185,8 +214,8 @@ def measure(model: Path, workload: Path, rounds: int) -> list[Row]:
                     rounds,
                 )
             )
-    with LLM(str(model), reuse_prefixes=False, max_batch=CONCURRENCY) as llm:
-        ours = in_process(llm, 1, LONG_PROMPT, 1)
+    with closing(Monolith(model)) as llm:
+        ours = prefill_alone(llm, LONG_PROMPT)
         other = by_transformers(theirs, 1, LONG_PROMPT, 1)
         rows.append(
             compare(f"prefill of {LONG_PROMPT} tokens / transformers", 1.0, ours, other, rounds)
