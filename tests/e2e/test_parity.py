@@ -82,7 +82,7 @@ def generate(client: Client, prompt: str | list[dict[str, str]]) -> RequestOutpu
 
 @pytest.mark.timeout(120)
 def test_the_monolith_equals_transformers(oracle: Any, model_path: Path) -> None:
-    prompts = prompt_ids(Tokenizer.from_checkpoint(model_path), model_path)[::5]
+    prompts = prompt_ids(Tokenizer.from_checkpoint(model_path), model_path)[::10]
     with LLM(str(model_path), dtype="float32") as llm:
         outputs = llm.generate(prompts, PARAMS)
     for prompt, output in zip(prompts, outputs, strict=True):
