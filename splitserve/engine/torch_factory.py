@@ -17,7 +17,7 @@ from splitserve.models.linear import choose_linear
 from splitserve.models.llama import load_llama
 from splitserve.weights.checkpoint import Checkpoint, open_checkpoint
 
-_LAYER_GROUPS = 4
+_LAYER_GROUPS = 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
