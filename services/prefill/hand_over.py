@@ -128,7 +128,6 @@ class HandOver:
         self._context = contextvars.copy_context()
         self._blocks: list[_Block] = []
         self._news = asyncio.Event()
-        self._complete = False
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
         self.stats = HandOverStats(lease_id=lease.lease_id)
@@ -154,7 +153,6 @@ class HandOver:
 
     def complete(self) -> None:
         """The prompt is computed: nothing more will be reported."""
-        self._complete = True
         self._mark_ready(0, len(self._blocks), self._spec.num_layers)
 
     def cancel(self) -> None:

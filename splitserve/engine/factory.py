@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from splitserve.engine.fake import FakeEngine
-from splitserve.engine.protocol import Engine, EngineSpec
+from splitserve.engine.protocol import Engine
 from splitserve.engine.threads import yield_cores_when_waiting
 from splitserve.errors import ConfigError
 
@@ -34,7 +34,6 @@ class EngineConfig:
     max_context_tokens: int = 0
     deterministic: bool = False
     threads: int = 0
-    layer_group: int = 0
     fake_step_ms: float = 0.0
 
 
@@ -87,6 +86,3 @@ def pages_in(pool_bytes: int, page_bytes: int) -> int:
     if pool_bytes < page_bytes:
         raise ConfigError(f"pool_bytes {pool_bytes} is less than one page of {page_bytes} bytes")
     return pool_bytes // page_bytes
-
-
-__all__ = ["EngineConfig", "EngineSpec", "layout_fingerprint", "open_engine", "pages_in"]

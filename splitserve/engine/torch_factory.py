@@ -68,7 +68,7 @@ def _spec(
         max_context_tokens=context,
         eos_token_ids=shape.eos_token_ids,
         num_layers=shape.num_layers,
-        layer_group=config.layer_group or -(-shape.num_layers // _LAYER_GROUPS),
+        layer_group=-(-shape.num_layers // _LAYER_GROUPS),
         block_tokens=block,
         block_bytes=page_bytes,
         num_pages=pages_in(config.pool_bytes, page_bytes),
