@@ -57,7 +57,7 @@ check: install model lint types ## lint, types and unit tests: under a minute
 	$(BIN)/pytest tests/unit -m "not slow"
 
 .PHONY: test
-test: install model lint types protos-check unit services kernels e2e k8s ## every check there is
+test: install model lint types protos-check unit families services kernels e2e k8s ## every check there is
 
 .PHONY: lint
 lint: install ## style and format
@@ -79,6 +79,10 @@ protos-check: install ## protos are well-formed and the committed code is what t
 .PHONY: unit
 unit: install model ## tests of single modules
 	$(BIN)/pytest tests/unit
+
+.PHONY: families
+families: install ## tests of every model family against transformers
+	$(BIN)/pytest tests/families
 
 .PHONY: services
 services: install ## tests of services over real gRPC, with the fake engine

@@ -19,7 +19,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from splitserve.errors import CheckpointError, InvalidRequest
-from splitserve.weights.fields import Fields
+from splitserve.fields import Fields
 from splitserve.weights.gguf_file import read_gguf
 
 MAX_OUTPUT_CHARS: Final = 1 << 23

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from splitserve.chat import ChatTemplate
 from splitserve.engine.core import CoreConfig, CoreStats, EngineCore
-from splitserve.engine.factory import EngineConfig, open_engine
+from splitserve.engine.factory import EngineConfig, KvChoice, Quantization, open_engine
 from splitserve.errors import InvalidRequest
 from splitserve.llm_request import Request, dispatch
 from splitserve.outputs import OutputBuilder, OutputDelta, RequestOutput
@@ -50,6 +50,11 @@ class LLM:
     prompt, parameters and seed. `skip_tokenizer_init=True` serves a checkpoint that has no
     tokenizer; prompts are then token ids and outputs have no text.
 
+    `quantization` quantises plain weights while they are loaded (fp8, int8, int8-smooth, int4 or
+    int4-awq)
+    and `kv_dtype` keys and values (fp8 or int8). `tensor_parallel_size` shares the model out
+    over so many processes, or GPUs.
+
     Raises `CheckpointError` or `ConfigError`, one line that says what is wrong.
     """
 
@@ -59,6 +64,9 @@ class LLM:
         *,
         device: str = "cpu",
         dtype: str = "auto",
+        quantization: Quantization = "none",
+        kv_dtype: KvChoice = "auto",
+        tensor_parallel_size: int = 1,
         deterministic: bool = False,
         threads: int = 0,
         pool_bytes: int = 1 << 30,
@@ -74,6 +82,9 @@ class LLM:
             model=str(model),
             device=device,
             dtype=dtype,
+            quantization=quantization,
+            kv_dtype=kv_dtype,
+            tensor_parallel_size=tensor_parallel_size,
             deterministic=deterministic,
             threads=threads,
             pool_bytes=pool_bytes,

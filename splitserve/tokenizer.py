@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from splitserve.errors import CheckpointError, InvalidRequest
-from splitserve.weights.fields import Fields
+from splitserve.fields import Fields
 from splitserve.weights.gguf_config import read_gguf_config
 from splitserve.weights.gguf_file import read_gguf
 from splitserve.weights.gguf_tokenizer import build_gguf_tokenizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from itertools import count
 
 from services.decode.config import DecodeConfig
@@ -24,6 +26,13 @@ LONGEST_LOAD_S = 600.0
 
 async def serve(config: DecodeConfig) -> None:
     """Run the service until it is told to stop."""
+    async with assembled(config) as (worker, service):
+        await worker.run(SERVICE_NAME, service.drain)
+
+
+@contextlib.asynccontextmanager
+async def assembled(config: DecodeConfig) -> AsyncIterator[tuple[Worker, DecodeService]]:
+    """A worker that computes and does not listen yet; all of it is closed at the end."""
     async with open_worker("decode", config, prefill=False) as worker:
         bench = Bench(
             core=worker.core,
@@ -36,7 +45,7 @@ async def serve(config: DecodeConfig) -> None:
         )
         service = DecodeService(bench, max_pending_tokens=config.max_pending_tokens)
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(service, worker.server.grpc)  # type: ignore[no-untyped-call]
-        await worker.run(SERVICE_NAME, service.drain)
+        yield worker, service
 
 
 def _loader(worker: Worker, submission: Submission) -> BlockLoader | None:

@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from services.kvstore.arena import Arena
 from services.kvstore.config import KvStoreConfig
@@ -24,7 +26,7 @@ from services.kvstore.sweeper import Sweeper
 from splitserve.config import run_main
 from splitserve.obs.http import ObsServer
 from splitserve.obs.metrics import Metrics
-from splitserve.obs.tracing import setup_tracing
+from splitserve.obs.tracing import Tracing, setup_tracing
 from splitserve.rpc.lifecycle import run_until_signal
 from splitserve.rpc.server import RpcServer
 from splitserve.v1 import kvstore_pb2, kvstore_pb2_grpc
@@ -34,9 +36,43 @@ SERVICE_NAME = kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"].full_na
 _log = logging.getLogger("services.kvstore")
 
 
+@dataclass(frozen=True)
+class KvStore:
+    """A store that takes calls, and its parts for those who look into it."""
+
+    server: RpcServer
+    metrics: Metrics
+    store: Store
+    service: KvStoreService
+    sweeping: asyncio.Task[None]
+
+
 async def serve(config: KvStoreConfig) -> None:
     """Runs the service until it is told to stop."""
     tracing = setup_tracing("kvstore", config.otlp_endpoint)
+    serving = threading.Event()  # asked from the probes' thread
+    try:
+        async with started(config, tracing) as kvstore:
+            registry, server = kvstore.metrics.registry, kvstore.server
+            obs = ObsServer(config.host, config.metrics_port, registry, ready=serving.is_set)
+
+            async def drain() -> None:
+                serving.clear()
+                kvstore.service.drain()
+                await server.drain(config.drain_grace_s)
+
+            try:
+                serving.set()
+                await run_until_signal(drain, server.stop, failed=kvstore.sweeping)
+            finally:
+                obs.stop()
+    finally:
+        tracing.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def started(config: KvStoreConfig, tracing: Tracing) -> AsyncIterator[KvStore]:
+    """A store that is ready; stopped at the end, with everything that it started."""
     metrics = Metrics()
     server = RpcServer(
         "kvstore",
@@ -51,13 +87,6 @@ async def serve(config: KvStoreConfig) -> None:
 
     def address() -> str:
         return config.advertise_address or f"{config.bind.rpartition(':')[0]}:{server.port}"
-
-    serving = threading.Event()  # asked from the probes' thread
-
-    async def drain() -> None:
-        serving.clear()
-        service.drain()
-        await server.drain(config.drain_grace_s)
 
     memory = MemoryDirectory(max_entries=config.max_directory_entries)
     redis = RedisDirectory(config.redis_url, memory, own_id=address) if config.redis_url else None
@@ -75,7 +104,6 @@ async def serve(config: KvStoreConfig) -> None:
     kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server(service, server.grpc)  # type: ignore[no-untyped-call]
 
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(tracing.shutdown)
         stack.callback(arena.close)
         if socket_name:
             handles = HandleServer(
@@ -87,14 +115,11 @@ async def serve(config: KvStoreConfig) -> None:
         stack.push_async_callback(server.stop)
         await directory.start()
         stack.push_async_callback(directory.stop)
-        obs = ObsServer(config.host, config.metrics_port, metrics.registry, ready=serving.is_set)
-        stack.callback(obs.stop)
         sweeping = asyncio.create_task(Sweeper(store, metrics).run(), name="sweeper")
         stack.callback(sweeping.cancel)
         server.set_ready(True)
-        serving.set()
         _log.info("listening on %s, epoch %d", address(), store.epoch)
-        await run_until_signal(drain, server.stop, failed=sweeping)
+        yield KvStore(server, metrics, store, service, sweeping)
 
 
 if __name__ == "__main__":

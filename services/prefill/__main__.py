@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from services.prefill.config import PrefillConfig
 from services.prefill.recorder import Recorder
 from services.prefill.service import Bench, PrefillService
 from splitserve.config import run_main
 from splitserve.v1 import prefill_pb2, prefill_pb2_grpc
-from splitserve.worker.process import open_worker
+from splitserve.worker.process import Worker, open_worker
 
 SERVICE_NAME: str = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name
 
 
 async def serve(config: PrefillConfig) -> None:
     """Run the service until it is told to stop."""
+    async with assembled(config) as (worker, service):
+        await worker.run(SERVICE_NAME, service.drain)
+
+
+@contextlib.asynccontextmanager
+async def assembled(config: PrefillConfig) -> AsyncIterator[tuple[Worker, PrefillService]]:
+    """A worker that computes and does not listen yet; all of it is closed at the end."""
     async with open_worker("prefill", config, prefill=True) as worker:
         bench = Bench(
             core=worker.core,
@@ -29,7 +39,7 @@ async def serve(config: PrefillConfig) -> None:
         )
         service = PrefillService(bench)
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(service, worker.server.grpc)  # type: ignore[no-untyped-call]
-        await worker.run(SERVICE_NAME, service.drain)
+        yield worker, service
 
 
 if __name__ == "__main__":

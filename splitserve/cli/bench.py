@@ -18,10 +18,12 @@ from splitserve.bench.targets import EngineTarget, SuiteTarget, Target, TargetIn
 from splitserve.bench.workload import WorkItem, cap, check_context, load_workload, select
 from splitserve.cli.options import (
     add_client_flags,
+    add_precision_flags,
     api_key,
     check_target,
     positive,
     positive_float,
+    precision,
     tls_config,
 )
 from splitserve.client import AsyncClient
@@ -121,6 +123,7 @@ def _engine_target(options: argparse.Namespace) -> Target:
         threads=options.threads,
         max_batch=options.max_batch,
         max_step_tokens=options.max_step_tokens,
+        **precision(options),
         skip_tokenizer_init=True,
         show_progress=sys.stderr.isatty(),
     )
@@ -167,6 +170,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --engine")
     group.add_argument("--dtype", default="auto")
     group.add_argument("--device", default="cpu")
+    add_precision_flags(group)
     group.add_argument("--deterministic", action="store_true")
     group.add_argument("--threads", type=int, default=0, metavar="N")
     group.add_argument("--max-batch", type=positive, default=64, metavar="N")

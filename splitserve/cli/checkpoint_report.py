@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from splitserve.chat import ChatTemplate
-from splitserve.errors import CheckpointError
-from splitserve.models.config import ModelConfig
+from splitserve.errors import CheckpointError, ConfigError
+from splitserve.models.families import BY_ARCHITECTURE
+from splitserve.models.footprint import Workload, footprint, num_parameters
+from splitserve.models.planner import ModelPlanner
+from splitserve.parallel.shard import Shard
 from splitserve.tokenizer import Tokenizer
 from splitserve.weights.checkpoint import open_checkpoint
 from splitserve.weights.gguf_file import read_gguf
 from splitserve.weights.safetensors_file import read_safetensors
+from splitserve.weights.source import MatrixSource
 from splitserve.weights.stored import StoredTensor
-
-BYTES_OF_16_BITS = 2
-TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class CheckpointReport:
     path: str
     loads: bool
     problem: str = ""
+    family: str = ""
     architecture: str = ""
     parameters: int = 0
     num_layers: int = 0
@@ -40,7 +41,11 @@ class CheckpointReport:
     """Those of most bytes first."""
     file_bytes: int = 0
     weight_bytes: int = 0
-    kv_bytes_per_1k_tokens: int = 0
+    """Of one rank in memory, as are the next four."""
+    kv_bytes_per_token: int = 0
+    prefill_bytes: int = 0
+    decode_bytes: int = 0
+    kvstore_bytes: int = 0
     tokenizer: str = ""
     chat_template: str = ""
 
@@ -56,75 +61,51 @@ def find_checkpoints(path: Path) -> list[Path]:
     )
 
 
-def inspect(path: Path) -> CheckpointReport:
-    """Checks what loading checks of headers. Raises nothing for a broken checkpoint."""
+def inspect(path: Path, workload: Workload) -> CheckpointReport:
+    """Checks what loading checks of headers. Raises nothing for a broken checkpoint.
+
+    A context of 0 stands for the model's own.
+    """
     try:
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
         tensors = _stored_tensors(path)
-        for name, shape in expected_tensors(config).items():
-            checkpoint.check_tensor(name, shape)
-    except CheckpointError as error:
+        context = workload.context or config.max_context_tokens
+        need = footprint(config, replace(workload, context=context))
+        for source in ModelPlanner(config, Shard()).sources():
+            if isinstance(source, MatrixSource):
+                checkpoint.check_matrix(source)
+            else:
+                checkpoint.check_tensor(source)
+    except (CheckpointError, ConfigError) as error:
         return CheckpointReport(str(path), loads=False, problem=error.message)
     stored: Counter[str] = Counter()
     for tensor in tensors:
         stored[tensor.dtype] += tensor.size_bytes
-    parameters = sum(prod(tensor.shape) for tensor in tensors)
-    kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    attention = config.attention
     return CheckpointReport(
         path=str(path),
         loads=True,
+        family=BY_ARCHITECTURE[config.architecture].name,
         architecture=config.architecture,
-        parameters=parameters,
+        parameters=num_parameters(config),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
         vocab_size=config.vocab_size,
         max_context_tokens=config.max_context_tokens,
         stored_dtypes=tuple(dtype for dtype, _ in stored.most_common()),
         file_bytes=stored.total(),
-        weight_bytes=parameters * BYTES_OF_16_BITS,
-        kv_bytes_per_1k_tokens=kv_values * TOKENS * BYTES_OF_16_BITS,
+        weight_bytes=need.weights,
+        kv_bytes_per_token=need.kv_of_token,
+        prefill_bytes=need.prefill,
+        decode_bytes=need.decode,
+        kvstore_bytes=need.kvstore,
         tokenizer=_tokenizer(path),
         chat_template=_chat_template(path),
     )
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a model of this config has, in the order of loading."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(config.num_layers):
-        for name, shape in _layer_tensors(config).items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
-
-
-def _layer_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    # Name, rows, columns, and whether there is a bias.
-    projections = (
-        ("self_attn.q_proj", queries, hidden, config.attention_bias),
-        ("self_attn.k_proj", keys, hidden, config.attention_bias),
-        ("self_attn.v_proj", keys, hidden, config.attention_bias),
-        ("self_attn.o_proj", hidden, queries, config.attention_output_bias),
-        ("mlp.gate_proj", inner, hidden, config.mlp_bias),
-        ("mlp.up_proj", inner, hidden, config.mlp_bias),
-        ("mlp.down_proj", hidden, inner, config.mlp_bias),
-    )
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-    for name, rows, columns, biased in projections:
-        shapes[f"{name}.weight"] = (rows, columns)
-        if biased:
-            shapes[f"{name}.bias"] = (rows,)
-    return shapes | {"post_attention_layernorm.weight": (hidden,)}
 
 
 def _stored_tensors(path: Path) -> list[StoredTensor]:

@@ -13,8 +13,10 @@ from typing import Any, cast
 from splitserve.chat import ChatTemplate
 from splitserve.cli.options import (
     add_client_flags,
+    add_precision_flags,
     add_sampling_flags,
     open_client,
+    precision,
     sampling_params,
 )
 from splitserve.errors import CheckpointError, ConfigError
@@ -53,6 +55,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--skip-tokenizer-init", action="store_true", help="with --model: token ids in and out only"
     )
+    add_precision_flags(parser.add_argument_group("precision", "with --model"))
     add_sampling_flags(parser)
     add_client_flags(parser)
     parser.set_defaults(run=run)
@@ -101,6 +104,7 @@ def _in_process(options: argparse.Namespace, prompt: Prompt, show: Show) -> None
         deterministic=options.deterministic,
         skip_tokenizer_init=options.skip_tokenizer_init,
         show_progress=sys.stderr.isatty(),
+        **precision(options),
     ) as llm:
         if options.chat:
             prompt = _rendered(options.model, llm.tokenizer, cast(list[dict[str, str]], prompt))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from splitserve.client import DEFAULT_TIMEOUT_S, Client
 from splitserve.errors import ConfigError
 from splitserve.rpc.tls import TlsConfig, split_address
 from splitserve.sampling import SamplingParams
 
+QUANTIZATIONS = ("none", "fp8", "int8", "int8-smooth", "int4", "int4-awq")
 API_KEY_VARIABLE = "SPLITSERVE_API_KEY"
 
 
@@ -27,6 +29,26 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return value
+
+
+def add_precision_flags(group: argparse._ArgumentGroup) -> None:
+    """How weights, keys and values are kept, and over how many ranks. None where not given."""
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="of plain weights, while they are loaded",
+    )
+    group.add_argument("--kv-dtype", choices=("auto", "fp8", "int8"), help="of keys and values")
+    group.add_argument(
+        "--tensor-parallel-size", type=positive, metavar="N", help="ranks that share the model"
+    )
+
+
+def precision(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_precision_flags` was given, by the names that `LLM` has for it."""
+    names = ("quantization", "kv_dtype", "tensor_parallel_size")
+    given = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def add_client_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from splitserve.cli.options import positive, positive_float
+from splitserve.cli.options import add_precision_flags, positive, positive_float
 from splitserve.launcher import LocalSuite, StopSignals, SuiteConfig
 from splitserve.launcher.suite import START_TIMEOUT_S
 
@@ -18,7 +18,7 @@ A setting that is not listed here is set through the environment: SPLITSERVE_MAX
 """
 _ENGINE_FLAGS = (
     *("dtype", "device", "threads", "pool_bytes", "max_batch", "max_step_tokens"),
-    *("max_context_tokens", "transport"),
+    *("max_context_tokens", "transport", "quantization", "kv_dtype", "tensor_parallel_size"),
 )
 
 
@@ -127,6 +127,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
     group.add_argument("--device", help="cpu or cuda")
+    add_precision_flags(group)
     group.add_argument(
         "--deterministic", action="store_true", help="the same bits in any batch and topology"
     )

@@ -28,6 +28,7 @@ class QueryGroup:
     lengths: Tensor
     """(sequences,) int64: tokens to attend to, the new ones included."""
     longest: int
+    shortest: int
 
     @property
     def sequences(self) -> int:
@@ -129,4 +130,5 @@ def _group(
         page_table=tensor(table),
         lengths=tensor(lengths),
         longest=max(lengths),
+        shortest=min(lengths),
     )

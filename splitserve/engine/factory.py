@@ -6,33 +6,39 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from splitserve.engine.fake import FakeEngine
 from splitserve.engine.protocol import Engine
 from splitserve.engine.threads import yield_cores_when_waiting
 from splitserve.errors import ConfigError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Quantization: TypeAlias = Literal["none", "fp8", "int8", "int8-smooth", "int4", "int4-awq"]
+KvChoice: TypeAlias = Literal["auto", "fp8", "int8"]
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """What an engine is opened with.
 
-    `pool_bytes` is the size of the KV pool. `threads=0` leaves torch's choice. In deterministic
-    mode a sequence's tokens and log-probabilities are the same bits in any batch, chunking,
-    worker and after any interruption, at some cost in speed.
+    `quantization` is what plain weights are quantised to while loading; a checkpoint that is
+    quantised already needs none. `kv_dtype` is what keys and values are kept in, `auto` for the
+    model's own type. `pool_bytes` is the size of the KV pool. `threads=0` leaves torch's choice.
+    In deterministic mode a sequence's tokens and log-probabilities are the same bits in any
+    batch, chunking, worker and after any interruption, at some cost in speed.
     """
 
     kind: Literal["torch", "fake"] = "torch"
     model: str = ""
     device: str = "cpu"
     dtype: str = "auto"
+    quantization: Quantization = "none"
+    kv_dtype: KvChoice = "auto"
     pool_bytes: int = 1 << 30
     block_tokens: int = 16
     max_context_tokens: int = 0
     deterministic: bool = False
+    tensor_parallel_size: int = 1
     threads: int = 0
     fake_step_ms: float = 0.0
 

@@ -1,54 +1,95 @@
-"""The tensor behind the page pool.
-
-One page is contiguous: (num_layers, 2, block_tokens, num_kv_heads, head_dim), keys before values,
-so that a page, or a run of its layers, is one copy. Attention reads and writes it as rows.
-"""
+"""The tensors behind the page pool; see `kv.page_shape` for how a page is laid out."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from splitserve.models.config import ModelConfig
+from splitserve.kv.page_shape import PageShape
+
+_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+_MOST_CODE: Final[Mapping[str, float]] = {"fp8": 448.0, "int8": 127.0}
 
 
-class PageMemory:
-    """Allocates, writes, gathers, exports and inserts pages by number."""
+class PageMemory(Protocol):
+    """Writes, gathers, exports and inserts pages by number."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        num_pages: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.block_tokens = block_tokens
-        self._layers = config.num_layers
-        shape = (
-            num_pages,
-            config.num_layers,
-            2,
-            block_tokens,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        self._pool = torch.zeros(shape, dtype=dtype, device=device)
-        self._token_rows = self._pool.view(-1, config.num_kv_heads, config.head_dim)
-        self._block_rows = self._pool.view(-1, block_tokens, config.num_kv_heads, config.head_dim)
-        self._bytes = self._pool.view(num_pages, -1).view(torch.uint8).view(num_pages, -1)
-        self._layer_bytes = self._bytes.shape[1] // config.num_layers
-        # Copies run in other threads than the engine's. In host memory numpy makes them: torch
-        # would start a team of compute threads in each.
-        self._host = self._bytes.numpy() if device.type == "cpu" else None
+    block_tokens: int
 
     def token_rows(self, pages: Tensor, slots: Tensor) -> Tensor:
-        """Row numbers of tokens' keys in layer 0: (tokens,) int64. See `write`."""
-        return pages * (self._layers * 2 * self.block_tokens) + slots
+        """Where tokens' keys and values go: (tokens,) int64 for `write`."""
 
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put (tokens, kv_heads, head_dim) keys and values at `rows` of `layer`."""
+
+    def gather(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole pages in the model's type: each (sequences, kv_heads,
+        pages * block_tokens, head_dim) for a page table of shape (sequences, pages), int64.
+        """
+
+    def export(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
+        """Copy layers [first_layer, end_layer) of a page to host memory."""
+
+    def insert(self, page: int, content: memoryview) -> None:
+        """Overwrite a page from host memory."""
+
+
+class PageBytes:
+    """The pool's memory: all pages as bytes, and the copies that leave and enter it."""
+
+    def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
+        self._layer_bytes = shape.layer_bytes
+        self.all = torch.zeros((num_pages, shape.page_bytes), dtype=torch.uint8, device=device)
+        # Copies run in other threads than the engine's. In host memory numpy makes them: torch
+        # would start a team of compute threads in each.
+        self._host = self.all.numpy() if device.type == "cpu" else None
+
+    def export(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
+        """See `PageMemory.export`."""
+        first, end = first_layer * self._layer_bytes, end_layer * self._layer_bytes
+        if self._host is not None:
+            np.copyto(np.frombuffer(out, np.uint8), self._host[page, first:end])
+        else:
+            torch.frombuffer(out, dtype=torch.uint8).copy_(self.all[page, first:end])
+
+    def insert(self, page: int, content: memoryview) -> None:
+        """See `PageMemory.insert`."""
+        if self._host is not None:
+            np.copyto(self._host[page], np.frombuffer(content, np.uint8))
+        else:
+            self.all[page].copy_(torch.frombuffer(content, dtype=torch.uint8))
+
+
+class PlainPageMemory:
+    """Keys and values as they are computed."""
+
+    def __init__(self, shape: PageShape, num_pages: int, device: torch.device) -> None:
+        self.block_tokens = shape.block_tokens
+        self._layers = shape.num_layers
+        self._bytes = PageBytes(shape, num_pages, device)
+        self.export, self.insert = self._bytes.export, self._bytes.insert
+        heads = (shape.num_kv_heads, shape.head_dim)
+        page = (shape.num_layers, 2, shape.block_tokens, *heads)
+        self._pool = self._bytes.all.view(_DTYPES[shape.dtype]).view(num_pages, *page)
+        self._token_rows = self._pool.view(-1, *heads)
+        self._block_rows = self._pool.view(-1, shape.block_tokens, *heads)
+
+    def token_rows(self, pages: Tensor, slots: Tensor) -> Tensor:
+        """See `PageMemory`. Row numbers of tokens' keys in layer 0."""
+        return pages * (self._layers * 2 * self.block_tokens) + slots
+
+    def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `PageMemory`."""
         first = rows + layer * 2 * self.block_tokens
         self._token_rows.index_copy_(0, first, keys)
         self._token_rows.index_copy_(0, first + self.block_tokens, values)
@@ -60,28 +101,88 @@ class PageMemory:
         return [(self._pool[:, i, 0], self._pool[:, i, 1]) for i in range(self._layers)]
 
     def gather(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole pages: each (sequences, kv_heads, pages * block_tokens,
-        head_dim) for a page table of shape (sequences, pages), int64.
-        """
+        """See `PageMemory`."""
         rows = page_table * (self._layers * 2) + layer * 2
         return self._select(rows), self._select(rows + 1)
 
-    def export(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
-        """Copy layers [first_layer, end_layer) of a page to host memory."""
-        first, end = first_layer * self._layer_bytes, end_layer * self._layer_bytes
-        if self._host is not None:
-            np.copyto(np.frombuffer(out, np.uint8), self._host[page, first:end])
-        else:
-            torch.frombuffer(out, dtype=torch.uint8).copy_(self._bytes[page, first:end])
-
-    def insert(self, page: int, content: memoryview) -> None:
-        """Overwrite a page from host memory."""
-        if self._host is not None:
-            np.copyto(self._host[page], np.frombuffer(content, np.uint8))
-        else:
-            self._bytes[page].copy_(torch.frombuffer(content, dtype=torch.uint8))
-
     def _select(self, rows: Tensor) -> Tensor:
         blocks = self._block_rows.index_select(0, rows.flatten())
-        _, _, heads, size = blocks.shape
-        return blocks.view(rows.shape[0], -1, heads, size).transpose(1, 2)
+        return _by_sequence(blocks, rows.shape[0])
+
+
+class QuantizedPageMemory:
+    """Keys and values in 8 bits, with a scale for each head of each token.
+
+    A scale is rounded before codes are made with it, so that it costs range, not accuracy.
+    """
+
+    def __init__(
+        self, shape: PageShape, num_pages: int, compute: torch.dtype, device: torch.device
+    ) -> None:
+        """`compute` is the type that keys and values have outside."""
+        self.block_tokens = shape.block_tokens
+        self._compute = compute
+        self._most = _MOST_CODE[shape.dtype]
+        self._rounds = shape.dtype == "int8"
+        self._code_dtype = _DTYPES[shape.dtype]
+        self._bytes = PageBytes(shape, num_pages, device)
+        self.export, self.insert = self._bytes.export, self._bytes.insert
+        self._sections = [self._views(shape, layer) for layer in range(shape.num_layers)]
+
+    def token_rows(self, pages: Tensor, slots: Tensor) -> Tensor:
+        """See `PageMemory`. A page's number times the tokens of a block, plus the slot."""
+        return pages * self.block_tokens + slots
+
+    def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `PageMemory`."""
+        key_codes, value_codes, key_scales, value_scales = self._sections[layer]
+        place = (rows // self.block_tokens, rows % self.block_tokens)
+        for source, codes, scales in (
+            (keys, key_codes, key_scales),
+            (values, value_codes, value_scales),
+        ):
+            wide = source.float()
+            scale = (wide.abs().amax(-1, keepdim=True) / self._most).to(torch.bfloat16)
+            coded = wide / scale.float().clamp_min(torch.finfo(torch.bfloat16).tiny)
+            coded = coded.clamp_(-self._most, self._most)
+            coded = (coded.round_() if self._rounds else coded).to(self._code_dtype)
+            codes.view(torch.uint8).index_put_(place, coded.view(torch.uint8))
+            scales.index_put_(place, scale)
+
+    def gather(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor]:
+        """See `PageMemory`."""
+        key_codes, value_codes, key_scales, value_scales = self._sections[layer]
+        pages, sequences = page_table.flatten(), page_table.shape[0]
+
+        def select(codes: Tensor, scales: Tensor) -> Tensor:
+            wide = codes.view(torch.uint8)[pages].view(self._code_dtype).to(self._compute)
+            return _by_sequence(wide * scales[pages].to(self._compute), sequences)
+
+        return select(key_codes, key_scales), select(value_codes, value_scales)
+
+    def _views(self, shape: PageShape, layer: int) -> list[Tensor]:
+        """A layer's sections where they are: (pages, block_tokens, kv_heads, width) each."""
+        start, views = layer * shape.layer_bytes, list[Tensor]()
+        rows = (shape.block_tokens, shape.num_kv_heads)
+        dtypes = (self._code_dtype, self._code_dtype, torch.bfloat16, torch.bfloat16)
+        for width, dtype in zip(shape.sections, dtypes, strict=True):
+            end = start + rows[0] * rows[1] * width
+            part = self._bytes.all[:, start:end].view(-1, *rows, width)
+            views.append(part.view(dtype))
+            start = end
+        return views
+
+
+def open_page_memory(
+    shape: PageShape, num_pages: int, compute: torch.dtype, device: torch.device
+) -> PlainPageMemory | QuantizedPageMemory:
+    """The memory for a shape, in a model that computes in `compute`."""
+    if shape.is_quantized:
+        return QuantizedPageMemory(shape, num_pages, compute, device)
+    return PlainPageMemory(shape, num_pages, device)
+
+
+def _by_sequence(blocks: Tensor, sequences: int) -> Tensor:
+    """(sequences, kv_heads, tokens, head_dim) from (sequences * pages, block_tokens, ...)."""
+    _, _, heads, size = blocks.shape
+    return blocks.view(sequences, -1, heads, size).transpose(1, 2)

@@ -47,6 +47,14 @@ class TorchEngine:
         drawn = iter(self._draw(hidden, batch, slices))
         return [[next(drawn) for _ in part.draws] for part in slices]
 
+    @torch.inference_mode()
+    def score(self, part: Slice) -> Tensor:
+        """Logits after every token of a slice: (tokens, vocab_size) fp32. For measuring a model:
+        serving needs the last row only.
+        """
+        batch = build_batch([part], self._memory, self._model.device)
+        return self._model.logits(self._forward(batch, None))
+
     def export_page(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
         """See `Engine.export_page`."""
         self._memory.export(page, first_layer, end_layer, out)

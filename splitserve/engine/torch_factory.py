@@ -2,66 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NoReturn
+
 import torch
 from tqdm import tqdm
 
 from splitserve.engine.attention import Attention, BatchedAttention, RowwiseAttention
 from splitserve.engine.factory import EngineConfig, layout_fingerprint, pages_in
-from splitserve.engine.page_memory import PageMemory
+from splitserve.engine.page_memory import PageMemory, PlainPageMemory, open_page_memory
 from splitserve.engine.protocol import EngineSpec
+from splitserve.engine.quantization import quantizing
 from splitserve.engine.torch_engine import TorchEngine
 from splitserve.errors import ConfigError
+from splitserve.kv.page_shape import KvDtype, PageShape
 from splitserve.models.config import ModelConfig
-from splitserve.models.decoder import Decoder
-from splitserve.models.linear import choose_linear
-from splitserve.models.llama import load_llama
-from splitserve.weights.checkpoint import Checkpoint, open_checkpoint
+from splitserve.models.decoder import Block
+from splitserve.models.layers.embedding import Embedding
+from splitserve.models.layers.self_attention import AttentionRules
+from splitserve.models.linear import choose_products
+from splitserve.models.load import Loader
+from splitserve.parallel.group import Group, SingleGroup
+from splitserve.weights.checkpoint import open_checkpoint
 
 _LAYER_GROUPS = 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_DTYPES: Mapping[torch.dtype, KvDtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 
-def open_torch_engine(config: EngineConfig, *, show_progress: bool) -> TorchEngine:
-    """See `factory.open_engine`."""
+def open_torch_engine(
+    config: EngineConfig, group: Group | None = None, *, show_progress: bool
+) -> TorchEngine:
+    """See `factory.open_engine`. `group` has the ranks that share the model."""
     checkpoint = open_checkpoint(config.model)
     shape = checkpoint.config
     device, dtype = _device(config.device), _dtype(config.dtype)
-    model = _load_model(checkpoint, device, dtype, config.deterministic, show_progress)
     spec = _spec(config, shape, checkpoint.identity(), dtype)
-    memory = PageMemory(shape, spec.num_pages, spec.block_tokens, dtype, device)
-    attention = _attention(memory, device, shape.head_dim, config.deterministic)
-    return TorchEngine(spec, model, memory, attention, threads=config.threads)
-
-
-def _load_model(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    deterministic: bool,
-    show_progress: bool,
-) -> Decoder:
-    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return checkpoint.tensor(name, shape, dtype).to(device)
-
-    shape = checkpoint.config
-    make_linear = choose_linear(dtype, device, deterministic=deterministic)
+    products = choose_products(dtype, device, deterministic=config.deterministic)
+    products, observers = quantizing(products, config.quantization, config.model)
+    loader = Loader(shape, checkpoint, products, group or SingleGroup(), dtype, device)
     with tqdm(
         total=shape.num_layers, desc="loading layers", unit="layer", disable=not show_progress
     ) as bar:
-        weights = load_llama(shape, read, make_linear, layer_read=bar.update)
-    return Decoder(shape, weights)
+        model = loader.load(spec.max_context_tokens, [*observers, _Progress(bar)])
+    page = replace(_page_shape(config, shape), num_kv_heads=loader.num_kv_heads)
+    memory = open_page_memory(page, spec.num_pages, dtype, device)
+    attention = _attention(memory, model.rules, device, shape, config.deterministic)
+    return TorchEngine(spec, model, memory, attention, threads=config.threads)
+
+
+class _Progress:
+    """Shows how many layers have been loaded."""
+
+    def __init__(self, bar: tqdm[NoReturn]) -> None:
+        self._bar = bar
+
+    def embedded(self, embedding: Embedding) -> None:
+        """See `LoadObserver`."""
+
+    def loaded(self, block: Block) -> None:
+        """See `LoadObserver`."""
+        self._bar.update()
 
 
 def _spec(
     config: EngineConfig, shape: ModelConfig, identity: bytes, dtype: torch.dtype
 ) -> EngineSpec:
-    block = config.block_tokens
-    token_bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    page_bytes = shape.num_layers * block * token_bytes
-    geometry = f"{dtype} {block} {page_bytes} {config.deterministic}"
+    page = _page_shape(config, shape)
     context = shape.max_context_tokens
     if config.max_context_tokens:
         context = min(context, config.max_context_tokens)
+    ropes = sorted(repr(rope) for rope in _frequencies(shape, context))
+    geometry = f"{dtype} {page} {config.quantization} {config.deterministic} {ropes}"
     return EngineSpec(
         fingerprint=layout_fingerprint(identity, geometry),
         vocab_size=shape.vocab_size,
@@ -69,24 +86,47 @@ def _spec(
         eos_token_ids=shape.eos_token_ids,
         num_layers=shape.num_layers,
         layer_group=-(-shape.num_layers // _LAYER_GROUPS),
-        block_tokens=block,
-        block_bytes=page_bytes,
-        num_pages=pages_in(config.pool_bytes, page_bytes),
+        block_tokens=config.block_tokens,
+        block_bytes=page.page_bytes,
+        num_pages=pages_in(config.pool_bytes, page.page_bytes),
     )
 
 
+def _page_shape(config: EngineConfig, shape: ModelConfig) -> PageShape:
+    """A page with all KV heads."""
+    dtype = config.kv_dtype if config.kv_dtype != "auto" else _KV_DTYPES[_dtype(config.dtype)]
+    attention = shape.attention
+    return PageShape(
+        shape.num_layers, config.block_tokens, attention.num_kv_heads, attention.head_dim, dtype
+    )
+
+
+def _frequencies(shape: ModelConfig, context: int) -> set[tuple[float, ...]]:
+    """Keys are turned by these: engines of different ones must not share KV."""
+    ropes = {layer.rope for layer in shape.layers if layer.rope}
+    return {tuple(rope.inverse_frequencies(context).tolist()) for rope in ropes}
+
+
 def _attention(
-    memory: PageMemory, device: torch.device, head_dim: int, deterministic: bool
+    memory: PageMemory,
+    rules: list[AttentionRules],
+    device: torch.device,
+    shape: ModelConfig,
+    deterministic: bool,
 ) -> Attention:
     if deterministic:
-        return RowwiseAttention(memory)
+        return RowwiseAttention(memory, rules)
     if device.type != "cuda":
-        return BatchedAttention(memory)
+        return BatchedAttention(memory, rules)
     # Only machines with a GPU have triton.
     from splitserve.engine.triton_attention import MAX_HEAD_DIM, TritonAttention
 
-    if head_dim > MAX_HEAD_DIM:
-        return BatchedAttention(memory)
+    if not isinstance(memory, PlainPageMemory):
+        return BatchedAttention(memory, rules)
+    head_dim = shape.attention.head_dim
+    usual_scale = all(each.scale == head_dim**-0.5 for each in rules)
+    if head_dim > MAX_HEAD_DIM or not usual_scale or not all(each.plain for each in rules):
+        return BatchedAttention(memory, rules)
     properties = torch.cuda.get_device_properties(device)
     return TritonAttention(memory, properties.multi_processor_count)
 

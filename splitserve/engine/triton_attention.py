@@ -13,7 +13,7 @@ from splitserve_kernels.paged_prefill import paged_prefill
 from torch import Tensor
 
 from splitserve.engine.batch import Chunks, QueryGroup, StepBatch
-from splitserve.engine.page_memory import PageMemory
+from splitserve.engine.page_memory import PlainPageMemory
 
 __all__ = ["MAX_HEAD_DIM", "TritonAttention"]
 
@@ -21,7 +21,7 @@ __all__ = ["MAX_HEAD_DIM", "TritonAttention"]
 class TritonAttention:
     """One launch for all decoding sequences, one for all chunks of prompts."""
 
-    def __init__(self, memory: PageMemory, num_processors: int) -> None:
+    def __init__(self, memory: PlainPageMemory, num_processors: int) -> None:
         """`num_processors` are the device's multiprocessors, which long sequences are split for."""
         self._layers = memory.layers()
         self._block_tokens = memory.block_tokens

@@ -1,126 +1,132 @@
-"""The decoder stack that Llama-like families share.
+"""The decoder stack that all families share.
 
 Rows of all sequences go through the layers as one (rows, hidden_size) tensor; only attention
-knows which row belongs to whom.
+knows which row belongs to whom. Each rank of a tensor-parallel group has its part of every
+layer; hidden states are whole on all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from splitserve.models.config import ModelConfig
-from splitserve.models.linear import Linear, gated_silu, rms_norm
-from splitserve.models.rope import inverse_frequencies
-
-AttendLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`attend(layer, queries, keys, values)`: stores the new keys and values, returns the mixed
-values. Queries and result are (rows, heads, head_dim), keys and values (rows, kv_heads, head_dim).
-"""
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer. Projections that read the same input are stored as one matrix."""
-
-    input_norm: Tensor
-    qkv: Linear
-    attention_out: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+from splitserve.models.layers.embedding import Embedding
+from splitserve.models.layers.mlp import Experts, Mlp
+from splitserve.models.layers.norm import Norm
+from splitserve.models.layers.rotary import Rotary, Rotation
+from splitserve.models.layers.self_attention import Attend, AttentionRules, SelfAttention
+from splitserve.models.layers.unembedding import Unembedding
+from splitserve.parallel.group import Group
 
 
 @dataclass(frozen=True)
-class DecoderWeights:
-    """A whole model."""
+class BlockNorms:
+    """A layer's norms by their places; see `names.BlockNorms`."""
 
-    embedding: Tensor
-    layers: list[LayerWeights]
-    final_norm: Tensor
-    unembedding: Linear
+    attention_input: Norm | None = None
+    attention_output: Norm | None = None
+    after_attention: Norm | None = None
+    mlp_input: Norm | None = None
+    mlp_output: Norm | None = None
+    after_mlp: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: attention and MLP, norms around them, sums with what came in."""
+
+    attention: SelfAttention
+    mlp: Mlp | Experts
+    norms: BlockNorms
+    rules: AttentionRules
+    parallel: bool
+    group: Group
+
+    def __call__(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        attend: Attend,
+        attended: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """(rows, hidden_size). `attended` is called when keys and values have been stored."""
+        norms, group = self.norms, self.group
+        normed = _apply(norms.attention_input, x)
+        mixed = self.attention(normed, rotation, attend)
+        if attended:
+            attended()
+        if self.parallel:
+            own = norms.mlp_input(x) if norms.mlp_input else normed
+            return x + group.all_reduce(mixed + self.mlp(own))
+        x = x + _apply(norms.attention_output, group.all_reduce(mixed))
+        x = _apply(norms.after_attention, x)
+        fed = group.all_reduce(self.mlp(_apply(norms.mlp_input, x)))
+        return _apply(norms.after_mlp, x + _apply(norms.mlp_output, fed))
 
 
 class Decoder:
     """Computes hidden states and logits. Holds no state between calls."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        rotaries: Collection[Rotary],
+        blocks: Sequence[Block],
+        final_norm: Norm | None,
+        unembedding: Unembedding,
+    ) -> None:
+        """`rotaries` are all that the blocks have, each once."""
         self.config = config
-        self._weights = weights
-        device = weights.embedding.device
-        self._inverse_frequencies = torch.from_numpy(inverse_frequencies(config)).to(device)
+        self._embedding = embedding
+        self._rotaries = rotaries
+        self._blocks = blocks
+        self._final_norm = final_norm
+        self._unembedding = unembedding
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of weights and activations."""
-        return self._weights.embedding.dtype
+        """The type of activations."""
+        return self._embedding.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._weights.embedding.device
+        return self._embedding.device
+
+    @property
+    def rules(self) -> list[AttentionRules]:
+        """What each layer's attention has to heed."""
+        return [block.rules for block in self._blocks]
 
     def hidden(
         self,
         token_ids: Tensor,
         positions: Tensor,
-        attend: AttendLayer,
+        attend: Attend,
         layer_done: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Normalised hidden states (rows, hidden_size) for (rows,) tokens at (rows,) positions.
 
         `layer_done(layer)` is called when a layer's keys and values have been stored.
         """
-        x = self._weights.embedding[token_ids]
-        rotation = self._rotation(positions)
-        for index, layer in enumerate(self._weights.layers):
-            x = x + self._attention(index, layer, x, rotation, attend)
-            if layer_done:
-                layer_done(index)
-            x = x + self._mlp(layer, x)
-        return rms_norm(x, self._weights.final_norm, self.config.rms_norm_eps)
+        x = self._embedding(token_ids, positions)
+        rotations = {rotary: rotary.rotation(positions) for rotary in self._rotaries}
+        for index, block in enumerate(self._blocks):
+            rotary = block.attention.rotary
+            rotation = None if rotary is None else rotations[rotary]
+            x = block(x, rotation, attend, partial(layer_done, index) if layer_done else None)
+        return _apply(self._final_norm, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, vocab_size) in fp32 for (rows, hidden_size)."""
-        return self._weights.unembedding(hidden).float()
-
-    def _attention(
-        self,
-        index: int,
-        layer: LayerWeights,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        attend: AttendLayer,
-    ) -> Tensor:
-        config, rows = self.config, x.shape[0]
-        normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        qkv = layer.qkv(normed).view(rows, -1, config.head_dim)
-        rotated_heads = config.num_heads + config.num_kv_heads
-        rotated = _rotate(qkv[:, :rotated_heads], rotation)
-        mixed = attend(
-            index,
-            rotated[:, : config.num_heads],
-            rotated[:, config.num_heads :],
-            qkv[:, rotated_heads:],
-        )
-        return layer.attention_out(mixed.reshape(rows, -1))
-
-    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        normed = rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
-        return layer.down(gated_silu(layer.gate_up(normed)))
-
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each (rows, 1, head_dim), computed in fp32."""
-        angles = positions[:, None].float() * self._inverse_frequencies
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return self._unembedding(hidden)
 
 
-def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding (Su et al. 2021), dimension i paired with i + head_dim / 2."""
-    cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def _apply(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

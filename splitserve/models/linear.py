@@ -6,12 +6,16 @@ once by `choose_linear`; layers only call it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from splitserve.quant.linear import make_quantized_linear
+from splitserve.quant.matrix import Weight
 
 TILE_ROWS = 16
 
@@ -24,7 +28,7 @@ class Linear(Protocol):
         ...
 
 
-MakeLinear: TypeAlias = Callable[[Tensor, Tensor | None], Linear]
+MakeLinear: TypeAlias = Callable[[Weight, Tensor | None], Linear]
 """`make(weight, bias)`."""
 
 
@@ -81,23 +85,37 @@ class TiledLinear:
         return torch.cat(outs)
 
 
-def choose_linear(dtype: torch.dtype, device: torch.device, *, deterministic: bool) -> MakeLinear:
-    """The fastest product for the type and device, tiled in deterministic mode."""
+class ConcatLinear:
+    """Products of one input side by side, for weights that cannot be stacked."""
+
+    def __init__(self, products: Sequence[Linear]) -> None:
+        self._products = products
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Linear`."""
+        return torch.cat([product(x) for product in self._products], dim=-1)
+
+
+@dataclass(frozen=True)
+class Products:
+    """How weights of each role are multiplied; see `load.Products`."""
+
+    projection: MakeLinear
+    unembedding: MakeLinear
+    exact: MakeLinear
+
+
+def choose_products(dtype: torch.dtype, device: torch.device, *, deterministic: bool) -> Products:
+    """The fastest products for the type and device, tiled in deterministic mode."""
     packed = device.type == "cpu" and dtype is torch.bfloat16 and torch._C._has_mkldnn
-    make: MakeLinear = PackedLinear if packed else PlainLinear
-    if not deterministic:
-        return make
-    return lambda weight, bias: TiledLinear(make(weight, bias))
+    make_dense = PackedLinear if packed else PlainLinear
 
+    def make(weight: Weight, bias: Tensor | None) -> Linear:
+        product: Linear
+        if isinstance(weight, Tensor):
+            product = make_dense(weight, bias)
+        else:
+            product = make_quantized_linear(weight, bias, dtype, device)
+        return TiledLinear(product) if deterministic else product
 
-def gated_silu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for (rows, 2 * width) with the gate first. Shape (rows, width)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, the mean in fp32 (Zhang & Sennrich 2019)."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype) * weight
+    return Products(projection=make, unembedding=make, exact=make)

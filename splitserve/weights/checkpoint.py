@@ -1,7 +1,7 @@
 """Opens a checkpoint, whatever its format, under Hugging Face's names.
 
-Importing this needs no torch; only `Checkpoint.tensor` does. So the router can read a model's
-shape, tokenizer and chat template where no torch is installed.
+Importing this needs no torch; only `Checkpoint.tensor` and `matrix` do. So the router can read a
+model's shape, tokenizer and chat template where no torch is installed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from splitserve.weights.gguf_config import read_gguf_config
 from splitserve.weights.gguf_file import read_gguf
 from splitserve.weights.hf_checkpoint import PICKLE_SUFFIXES, HuggingFaceCheckpoint
 from splitserve.weights.hf_config import read_hf_config
+from splitserve.weights.source import MatrixSource, TensorSource
 
 if TYPE_CHECKING:
     import torch
+
+    from splitserve.quant.matrix import Weight
 
 
 class Checkpoint(Protocol):
@@ -38,17 +41,28 @@ class Checkpoint(Protocol):
         """What the format says besides: config.json's object, or GGUF's keys and values."""
 
     def tensor_names(self) -> Sequence[str]:
-        """Every tensor in Hugging Face's Llama names, sorted."""
+        """Every tensor in Hugging Face's names, sorted."""
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """One tensor in host memory, contiguous, converted to `dtype`.
+    def tensor(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
+        """A vector or a table, `source.read_shape`, contiguous, on the CPU, in `dtype`.
 
-        Query and key projections are in the order that rotate-half rotary embedding needs.
-        Raises `CheckpointError` if there is no such tensor or its shape is not `shape`.
+        Only the rows that are taken are read. Raises `CheckpointError`, which names the tensor
+        and what was expected of it.
         """
 
-    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+    def matrix(self, source: MatrixSource, dtype: torch.dtype) -> Weight:
+        """A projection, `source.read_shape`, contiguous, on the CPU.
+
+        In `dtype`, or quantised where it is stored so. The rest of the matrix is not kept, nor
+        read where it is cheaper not to. Query and key projections are in the order that
+        rotate-half rotary embedding needs. Raises like `tensor`.
+        """
+
+    def check_tensor(self, source: TensorSource) -> None:
         """Raises what `tensor` would, as far as the headers tell. Needs no torch."""
+
+    def check_matrix(self, source: MatrixSource) -> None:
+        """Raises what `matrix` would, as far as the headers tell. Needs no torch."""
 
     def identity(self) -> bytes:
         """32 bytes that name the weights, equal on every host that has the same files."""

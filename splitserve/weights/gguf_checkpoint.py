@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from splitserve.weights.dense import DenseMatrix, check_is_plain, read_dense_tensor
+from splitserve.weights.ggml import BlockMatrix, read_block_tensor
+from splitserve.weights.ggml_blocks import BLOCK_TYPES
 from splitserve.weights.gguf_config import read_gguf_config
 from splitserve.weights.gguf_file import GgufFile, read_gguf
 from splitserve.weights.gguf_names import ROPE_FACTORS, hf_name
 from splitserve.weights.identity import weights_identity
-from splitserve.weights.stored import StoredTensor, find_tensor
+from splitserve.weights.source import MatrixSource, TensorSource
+from splitserve.weights.stored import Headers, StoredTensor
 
 if TYPE_CHECKING:
     import torch
+
+    from splitserve.quant.matrix import Weight
 
 
 class GgufCheckpoint:
@@ -25,38 +32,76 @@ class GgufCheckpoint:
         self.config = read_gguf_config(file)
         self.metadata: Mapping[str, object] = file.metadata
         self._file_bytes = file.size_bytes
-        self._tensors = _by_hf_name(file)
+        self._headers = Headers(path, _by_hf_name(file))
 
     def tensor_names(self) -> list[str]:
         """Every tensor's Hugging Face name, sorted."""
-        return sorted(self._tensors)
+        return sorted(self._headers.tensors)
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def tensor(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         """See `Checkpoint.tensor`."""
-        # Here and not above: the router opens checkpoints where no torch is installed.
-        from splitserve.weights.tensors import read_tensor, undo_rope_permutation
+        stored = self._find_tensor(source)
+        rows = self._stored_rows(source.name, source.rows, source.shape[0])
+        source = replace(source, rows=rows)
+        read = read_block_tensor if stored.dtype in BLOCK_TYPES else read_dense_tensor
+        return read(stored, source, dtype)
 
-        tensor = read_tensor(find_tensor(self.path, self._tensors, name, shape), dtype)
-        heads = self._permuted_heads(name)
-        return undo_rope_permutation(tensor, heads) if heads else tensor
+    def matrix(self, source: MatrixSource, dtype: torch.dtype) -> Weight:
+        """See `Checkpoint.matrix`."""
+        return self._find_matrix(source).read(dtype)
 
-    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+    def check_tensor(self, source: TensorSource) -> None:
         """See `Checkpoint.check_tensor`."""
-        find_tensor(self.path, self._tensors, name, shape).check_is_weights()
+        self._find_tensor(source)
+
+    def check_matrix(self, source: MatrixSource) -> None:
+        """See `Checkpoint.check_matrix`."""
+        self._find_matrix(source)
 
     def identity(self) -> bytes:
         """See `Checkpoint.identity`."""
-        return weights_identity(self.config, self._tensors.values(), [self._file_bytes])
+        return weights_identity(self.config, self._headers.tensors.values(), [self._file_bytes])
 
-    def _permuted_heads(self, name: str) -> int:
-        """How many heads llama.cpp permuted the rows of, 0 if it left the tensor alone."""
-        if self.config.architecture != "LlamaForCausalLM":
-            return 0
-        if ".self_attn.q_proj." in name:
-            return self.config.num_heads
-        if ".self_attn.k_proj." in name:
-            return self.config.num_kv_heads
-        return 0
+    def _find_tensor(self, source: TensorSource) -> StoredTensor:
+        stored = self._headers.find(source.name, source.stored_shape)
+        if stored.dtype not in BLOCK_TYPES or len(stored.shape) != 2:
+            check_is_plain(stored)
+        return stored
+
+    def _find_matrix(self, source: MatrixSource) -> DenseMatrix | BlockMatrix:
+        # llama.cpp's converter stores every projection as (out, in).
+        source = replace(source, transposed=False)
+        rows = self._stored_rows(source.name, source.rows, source.shape[0])
+        stored = self._headers.find(source.name, source.stored_shape)
+        if stored.dtype in BLOCK_TYPES:
+            return BlockMatrix(stored, replace(source, rows=rows))
+        return DenseMatrix.find(self._headers, replace(source, rows=rows))
+
+    def _stored_rows(
+        self, name: str, rows: tuple[range, ...] | None, height: int
+    ) -> tuple[range, ...] | None:
+        """Which rows of the file are the rows of the Hugging Face tensor, in that one's order.
+
+        llama.cpp's converter permutes the query and key projections of its `llama` architecture,
+        so that its rotary embedding may turn neighbours where Hugging Face's turns halves.
+        """
+        projected = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
+        if not projected or self.metadata.get("general.architecture") != "llama":
+            return rows
+        return tuple(unpermuted(rows or (range(height),), self.config.attention.head_dim))
+
+
+def unpermuted(rows: Sequence[range], head_dim: int) -> list[range]:
+    """Rows of heads whose halves are apart to where they are with the halves interleaved."""
+    half = head_dim // 2
+    taken = []
+    for span in rows:
+        for number in range(span.start // half, -(-span.stop // half)):
+            head, second = divmod(number, 2)
+            stored = range(head * head_dim + second, (head + 1) * head_dim, 2)
+            first = number * half
+            taken.append(stored[max(span.start - first, 0) : span.stop - first])
+    return taken
 
 
 def _by_hf_name(file: GgufFile) -> dict[str, StoredTensor]:

@@ -16,6 +16,8 @@ from typing import BinaryIO, Final, TypeAlias
 import numpy as np
 
 from splitserve.errors import CheckpointError
+from splitserve.weights.arrays import ITEM_BYTES
+from splitserve.weights.ggml_blocks import BLOCK_TYPES
 from splitserve.weights.stored import StoredTensor, check_extents
 
 MetadataValue: TypeAlias = bool | int | float | str | list[int] | list[float] | list[str]
@@ -35,17 +37,10 @@ _SCALARS: Final[Mapping[int, str]] = {
     10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 
-# Type number: name, elements of a block, bytes of a block.
-_TENSOR_TYPES: Final[Mapping[int, tuple[str, int, int]]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    8: ("Q8_0", 32, 34),
-    12: ("Q4_K", 256, 144),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
+_TENSOR_TYPES: Final[Mapping[int, str]] = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 30: "BF16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,12 +147,13 @@ def _place_tensor(
 ) -> StoredTensor:
     name, shape, kind, offset = info
     if kind not in _TENSOR_TYPES:
-        known = ", ".join(sorted(known for known, _, _ in _TENSOR_TYPES.values()))
+        known = ", ".join(sorted(_TENSOR_TYPES.values()))
         raise CheckpointError(
             f"{path}: tensor {name!r} has type number {kind}, which is not supported; "
             f"supported: {known}"
         )
-    dtype, block_elements, block_bytes = _TENSOR_TYPES[kind]
+    dtype = _TENSOR_TYPES[kind]
+    block_elements, block_bytes = _block(dtype)
     size_bytes = math.prod(shape) // block_elements * block_bytes
     tensor = StoredTensor(name, path, dtype, shape, data_start + offset, size_bytes)
     if min(shape) < 1:
@@ -167,6 +163,12 @@ def _place_tensor(
     if offset % alignment:
         raise tensor.error(f"starts at {offset}, not a multiple of the alignment {alignment}")
     return tensor
+
+
+def _block(dtype: str) -> tuple[int, int]:
+    """Elements and bytes of a block; a plain number is a block of its own."""
+    block = BLOCK_TYPES.get(dtype)
+    return (block.elements, block.size_bytes) if block else (1, ITEM_BYTES[dtype])
 
 
 def _alignment(path: Path, metadata: Mapping[str, MetadataValue]) -> int:

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from splitserve.errors import CheckpointError
-from splitserve.weights.fields import Fields
+from splitserve.fields import Fields
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _KEY: Final = "tokenizer.ggml."

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from splitserve.errors import CheckpointError
-from splitserve.weights.fields import Fields, read_json_object
+from splitserve.fields import Fields, read_json_object
+from splitserve.models.names import Names
+from splitserve.weights.dense import find_dense_tensor, read_dense_tensor
 from splitserve.weights.hf_config import read_hf_config
+from splitserve.weights.hf_matrix import find_matrix
 from splitserve.weights.identity import weights_identity
+from splitserve.weights.quantization import read_quantization
 from splitserve.weights.safetensors_file import read_safetensors
-from splitserve.weights.stored import StoredTensor, find_tensor
+from splitserve.weights.source import MatrixSource, TensorSource
+from splitserve.weights.stored import Headers, StoredTensor
 
 if TYPE_CHECKING:
     import torch
+
+    from splitserve.quant.matrix import Weight
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _SINGLE: Final = "model.safetensors"
@@ -28,30 +35,48 @@ class HuggingFaceCheckpoint:
         self.path = path
         self.config = read_hf_config(path)
         self.metadata: Mapping[str, object] = read_json_object(path / "config.json")
-        self._tensors = _read_headers(path)
+        self._quantization = read_quantization(path)
+        self._headers = Headers(path, _under_base(self.config.names, _read_headers(path)))
 
     def tensor_names(self) -> list[str]:
         """Every tensor's name, sorted."""
-        return sorted(self._tensors)
+        return sorted(self._headers.tensors)
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def tensor(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         """See `Checkpoint.tensor`."""
-        # Here and not above: the router opens checkpoints where no torch is installed.
-        from splitserve.weights.tensors import read_tensor
+        return read_dense_tensor(find_dense_tensor(self._headers, source), source, dtype)
 
-        return read_tensor(find_tensor(self.path, self._tensors, name, shape), dtype)
+    def matrix(self, source: MatrixSource, dtype: torch.dtype) -> Weight:
+        """See `Checkpoint.matrix`."""
+        return find_matrix(self._headers, self._quantization, source).read(dtype)
 
-    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+    def check_tensor(self, source: TensorSource) -> None:
         """See `Checkpoint.check_tensor`."""
-        find_tensor(self.path, self._tensors, name, shape).check_is_weights()
+        find_dense_tensor(self._headers, source)
+
+    def check_matrix(self, source: MatrixSource) -> None:
+        """See `Checkpoint.check_matrix`."""
+        find_matrix(self._headers, self._quantization, source)
 
     def identity(self) -> bytes:
         """See `Checkpoint.identity`."""
+        tensors = self._headers.tensors.values()
         try:
-            sizes = [file.stat().st_size for file in {each.file for each in self._tensors.values()}]
+            sizes = [file.stat().st_size for file in {each.file for each in tensors}]
         except OSError as exc:
             raise CheckpointError(f"{exc.filename}: cannot be read: {exc.strerror}") from exc
-        return weights_identity(self.config, self._tensors.values(), sizes)
+        return weights_identity(self.config, tensors, sizes, self._quantization)
+
+
+def _under_base(names: Names, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """Whole names for what was saved from the layers alone, as GPT-2 and BLOOM were."""
+    if any(name.startswith(names.base) for name in tensors):
+        return tensors
+    head = f"{names.unembedding}."
+    return {
+        name if name.startswith(head) else names.base + name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _read_headers(directory: Path) -> dict[str, StoredTensor]:

@@ -5,26 +5,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from typing import Final
 
 from splitserve.models.config import ModelConfig
+from splitserve.weights.quantization import Quantization
 from splitserve.weights.stored import StoredTensor
 
 _SAMPLE_BYTES: Final = 512
 
 
 def weights_identity(
-    config: ModelConfig, tensors: Iterable[StoredTensor], file_bytes: Iterable[int]
+    config: ModelConfig,
+    tensors: Iterable[StoredTensor],
+    file_bytes: Iterable[int],
+    quantization: Quantization | None = None,
 ) -> bytes:
-    """SHA-256 over the config, every tensor's name, shape and type, the sizes of the
-    files, and a sample of every tensor's bytes (its beginning, middle and end). 32 bytes.
+    """32 bytes: a SHA-256 over the config, how weights are quantised, every tensor's name, shape
+    and type, the sizes of the files, and a sample of every tensor's beginning, middle and end.
 
     It tells different models and different trainings of one model apart. It is no proof against
     someone who alters weights between the samples.
     """
-    digest = hashlib.sha256(b"splitserve-weights-1\0")
+    digest = hashlib.sha256(b"splitserve-weights-2\0")
     digest.update(_canonical(config))
+    digest.update(_canonical(quantization))
     digest.update(json.dumps(sorted(file_bytes)).encode())
     for tensor in sorted(tensors, key=lambda t: t.name):
         described = json.dumps([tensor.name, tensor.dtype, tensor.shape, tensor.size_bytes])
@@ -33,11 +39,22 @@ def weights_identity(
     return digest.digest()
 
 
-def _canonical(config: ModelConfig) -> bytes:
-    fields = dataclasses.asdict(config)
-    fields["eos_token_ids"] = sorted(config.eos_token_ids)
-    fields["rope_scaling"] = [type(config.rope_scaling).__name__, fields["rope_scaling"]]
-    return json.dumps(fields, sort_keys=True).encode()
+def _canonical(config: object) -> bytes:
+    return json.dumps(_plain(config), sort_keys=True).encode()
+
+
+def _plain(value: object) -> object:
+    """A dataclass as JSON can hold it, with the names of the classes in it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return [type(value).__name__, {name: _plain(each) for name, each in fields.items()}]
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, re.Pattern):
+        return value.pattern
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value
 
 
 def _sample(tensor: StoredTensor) -> bytes:

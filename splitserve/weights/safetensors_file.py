@@ -6,23 +6,17 @@ Format: eight bytes of header length, that many bytes of JSON, then the tensors'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from splitserve.errors import CheckpointError
-from splitserve.weights.fields import parse_json_object
+from splitserve.fields import parse_json_object
+from splitserve.weights.arrays import ITEM_BYTES
 from splitserve.weights.stored import StoredTensor, check_extents
 
 # The format's own cap.
 _MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_NAME_CHARS: Final = 1024
-
-_ELEMENT_BYTES: Final[Mapping[str, int]] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_OTHER_ELEMENT_BYTES: Final[Mapping[str, int]] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4,
-    "U32": 4, "I64": 8, "U64": 8,
-}  # fmt: skip
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -56,9 +50,7 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    element_bytes = None
-    if isinstance(dtype, str):
-        element_bytes = _ELEMENT_BYTES.get(dtype) or _OTHER_ELEMENT_BYTES.get(dtype)
+    element_bytes = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
     if element_bytes is None:
         raise CheckpointError(f"{path}: tensor {name!r} has unknown dtype {str(dtype)[:80]!r}")
     if not _is_counts(shape):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from splitserve.errors import CheckpointError
 
 PLAIN_TYPES: Final = frozenset({"F64", "F32", "F16", "BF16"})
-GGML_TYPES: Final = frozenset({"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"})
+
+ReadInto: TypeAlias = Callable[[memoryview, int], None]
+"""`read_into(out, start)` fills `out` with a tensor's bytes from byte `start` of it on."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,47 @@ class StoredTensor:
         """An error about this tensor that names it and its file."""
         return CheckpointError(f"{self.file}: tensor {self.name!r} {what}")
 
-    def check_is_weights(self) -> None:
-        """Raises `CheckpointError` for a type that holds no weights, or none that is known."""
-        if self.dtype not in PLAIN_TYPES | GGML_TYPES:
-            raise self.error(f"is of type {self.dtype}, which holds no plain weights")
-
-    def read_into(self, out: memoryview, start: int = 0) -> None:
-        """Fills `out` with the bytes from `start` on. Reads, not maps: no fault if it shrinks."""
+    @contextmanager
+    def reading(self) -> Iterator[ReadInto]:
+        """Opens the file once for many reads. Reads, not maps: no fault if the file shrinks."""
         try:
             with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset + start)
-                _read_exactly(file.fileno(), out)
+                descriptor = file.fileno()
+                yield lambda out, start: _read_exactly(descriptor, out, self.offset + start)
         except (OSError, EOFError) as exc:
             raise self.error(f"cannot be read: {exc}") from exc
+
+    def read_into(self, out: memoryview, start: int = 0) -> None:
+        """Fills `out` with the bytes from `start` on."""
+        with self.reading() as read_into:
+            read_into(out, start)
+
+
+@dataclass(frozen=True)
+class Headers:
+    """The tensors of a checkpoint by name, and the path that errors name."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def find(
+        self, name: str, *shapes: tuple[int, ...], types: Collection[str] = ()
+    ) -> StoredTensor:
+        """The named tensor, which must have one of the shapes and, if given, of the types."""
+        stored = self.tensors.get(name)
+        expected = " or ".join(map(str, shapes))
+        if stored is None:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is missing, the model needs it of shape {expected}"
+            )
+        if types and stored.dtype not in types:
+            raise stored.error(f"is of type {stored.dtype}, expected {' or '.join(sorted(types))}")
+        if stored.shape not in shapes:
+            raise stored.error(f"has shape {stored.shape}, the model needs {expected}")
+        return stored
 
 
 def check_extents(tensors: Iterable[StoredTensor], file_bytes: int) -> None:
@@ -62,23 +93,11 @@ def check_extents(tensors: Iterable[StoredTensor], file_bytes: int) -> None:
         end, before = tensor.offset + tensor.size_bytes, tensor.name
 
 
-def find_tensor(
-    path: Path, tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]
-) -> StoredTensor:
-    """The named tensor, if it is there and has the shape that is expected."""
-    stored = tensors.get(name)
-    if stored is None:
-        raise CheckpointError(f"{path}: tensor {name!r} is missing")
-    if stored.shape != tuple(shape):
-        raise stored.error(f"has shape {stored.shape}, the model needs {tuple(shape)}")
-    return stored
-
-
-def _read_exactly(descriptor: int, out: memoryview) -> None:
+def _read_exactly(descriptor: int, out: memoryview, offset: int) -> None:
     done = 0
     while done < len(out):
         # One read moves at most 2 GiB on Linux.
-        count = os.readv(descriptor, [out[done : done + (1 << 30)]])
+        count = os.preadv(descriptor, [out[done : done + (1 << 30)]], offset + done)
         if count == 0:
             raise EOFError(f"the file ended {len(out) - done} bytes early")
         done += count

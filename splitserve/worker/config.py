@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from splitserve.config import ServiceConfig
 from splitserve.engine.core import CoreConfig
-from splitserve.engine.factory import EngineConfig
+from splitserve.engine.factory import EngineConfig, KvChoice, Quantization
 from splitserve.errors import ConfigError
 from splitserve.model_name import default_model_name
 
@@ -23,6 +23,11 @@ class WorkerConfig(ServiceConfig):
     model_name: str = Field("", description="name the model is served under; default: its file's")
     device: str = Field("cpu", description="where the model runs: cpu or cuda")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
+    quantization: Quantization = Field(
+        "none", description="what plain weights are quantised to while loading"
+    )
+    kv_dtype: KvChoice = Field("auto", description="of keys and values: auto, fp8 or int8")
+    tensor_parallel_size: int = Field(1, ge=1, le=64, description="ranks that share the model")
     max_context_tokens: int = Field(0, ge=0, description="longest context; 0: the model's own")
     kvstore: str = Field("127.0.0.1:50054", description="HOST:PORT of this node's KV store")
     transport: Literal["auto", "shm", "grpc"] = Field(
@@ -74,6 +79,9 @@ class WorkerConfig(ServiceConfig):
             model=self.model,
             device=self.device,
             dtype=self.dtype,
+            quantization=self.quantization,
+            kv_dtype=self.kv_dtype,
+            tensor_parallel_size=self.tensor_parallel_size,
             pool_bytes=self.pool_bytes,
             block_tokens=self.block_tokens,
             max_context_tokens=self.max_context_tokens,

@@ -72,21 +72,30 @@ class Worker:
 
     async def run(self, service_name: str, drain: Callable[[], Awaitable[None]]) -> None:
         """Serve until a signal; `drain` returns once the tier's requests have ended."""
-        port = await self.server.start([service_name, WORKER_SERVICE])
-        obs = ObsServer(
-            self.config.host,
-            self.config.metrics_port,
-            self.metrics.registry,
-            ready=lambda: self.readiness.ready,
-        )
-        try:
-            print(
-                json.dumps({"event": "ready", "port": port, "metrics_port": obs.port}), flush=True
+        async with self.listening(service_name) as watch:
+            obs = ObsServer(
+                self.config.host,
+                self.config.metrics_port,
+                self.metrics.registry,
+                ready=lambda: self.readiness.ready,
             )
-            watch = self.readiness.start()
-            await run_until_signal(lambda: self._drain(drain), self.server.stop, failed=watch)
+            ports = {"port": self.server.port, "metrics_port": obs.port}
+            try:
+                print(json.dumps({"event": "ready", **ports}), flush=True)
+                await run_until_signal(lambda: self._drain(drain), self.server.stop, failed=watch)
+            finally:
+                obs.stop()
+
+    @contextlib.asynccontextmanager
+    async def listening(self, service_name: str) -> AsyncIterator[asyncio.Task[None]]:
+        """Take calls, and be ready once the canary has passed. Yields what watches over that,
+        which ends only if it fails.
+        """
+        await self.server.start([service_name, WORKER_SERVICE])
+        try:
+            yield self.readiness.start()
         finally:
-            obs.stop()
+            await self.server.stop()
 
     async def _drain(self, drain: Callable[[], Awaitable[None]]) -> None:
         """Routers keep hearing the state until the last request has ended."""

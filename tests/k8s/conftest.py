@@ -34,8 +34,9 @@ class Rendered:
 
     @cached_property
     def workloads(self) -> dict[str, Manifest]:
-        """Deployments and DaemonSets by name."""
-        return {w["metadata"]["name"]: w for w in self.kind("Deployment", "DaemonSet")}
+        """Deployments, StatefulSets and DaemonSets by name."""
+        kinds = ("Deployment", "StatefulSet", "DaemonSet")
+        return {w["metadata"]["name"]: w for w in self.kind(*kinds)}
 
     def pod(self, name: str) -> Manifest:
         pod: Manifest = self.workloads[name]["spec"]["template"]["spec"]
@@ -102,7 +103,12 @@ def gpu() -> Rendered:
     return render("overlays/gpu")
 
 
-@pytest.fixture(params=["base", "cpu_smoke", "gpu"])
+@pytest.fixture(scope="session")
+def gpu_two_nodes() -> Rendered:
+    return render("overlays/gpu-two-nodes")
+
+
+@pytest.fixture(params=["base", "cpu_smoke", "gpu", "gpu_two_nodes"])
 def rendered(request: pytest.FixtureRequest) -> Rendered:
     """Each kustomization in turn."""
     found: Rendered = request.getfixturevalue(request.param)

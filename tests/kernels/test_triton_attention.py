@@ -45,7 +45,7 @@ def logprobs_of_steps(engine: TorchEngine) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_processors", [1, 132])
 def test_engine_equals_the_one_with_plain_torch(num_processors: int) -> None:
-    kernels = make_engine(make_attention=lambda memory: TritonAttention(memory, num_processors))
+    kernels = make_engine(make_attention=lambda memory, _: TritonAttention(memory, num_processors))
     torch.testing.assert_close(
         logprobs_of_steps(kernels), logprobs_of_steps(make_engine()), rtol=0, atol=1e-4
     )

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from splitserve.errors import CheckpointError, InvalidRequest
+from splitserve.fields import Fields
 from splitserve.tokenizer import Tokenizer
-from splitserve.weights.fields import Fields
 from splitserve.weights.gguf_tokenizer import build_gguf_tokenizer
 
 TEXTS = [

@@ -126,9 +126,10 @@ def gguf_name(name: str) -> str:
     return name
 
 
-def permute(name: str, weights: np.ndarray) -> np.ndarray:
+def permute(name: str, weights: np.ndarray, heads: int | None = None) -> np.ndarray:
     """What llama.cpp's converter does to Llama's query and key projections."""
-    heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
+    if heads is None:
+        heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
     if not heads:
         return weights
     halves = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])

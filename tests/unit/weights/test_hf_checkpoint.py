@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from splitserve.errors import CheckpointError
 from splitserve.weights import open_checkpoint
+from splitserve.weights.source import MatrixSource, TensorSource
 
 
 def refused(path) -> str:
@@ -26,14 +27,18 @@ def test_single_file(tiny):
     checkpoint = open_checkpoint(tiny.directory)
     assert list(checkpoint.tensor_names()) == sorted(tiny.tensors)
     for name, expected in tiny.tensors.items():
-        assert torch.equal(checkpoint.tensor(name, expected.shape, torch.float32), expected)
+        assert torch.equal(
+            checkpoint.tensor(TensorSource(name, expected.shape), torch.float32), expected
+        )
 
 
 def test_shards(tiny):
     tiny.write_sharded()
     checkpoint = open_checkpoint(str(tiny.directory))
     for name, expected in tiny.tensors.items():
-        assert torch.equal(checkpoint.tensor(name, expected.shape, torch.float32), expected)
+        assert torch.equal(
+            checkpoint.tensor(TensorSource(name, expected.shape), torch.float32), expected
+        )
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -41,7 +46,7 @@ def test_shards(tiny):
 def test_dtypes_are_converted(tiny, stored, wanted):
     tiny.tensors = {name: tensor.to(stored) for name, tensor in tiny.tensors.items()}
     tiny.write_single()
-    got = open_checkpoint(tiny.directory).tensor("lm_head.weight", (32, 16), wanted)
+    got = open_checkpoint(tiny.directory).matrix(MatrixSource("lm_head.weight", (32, 16)), wanted)
     assert got.dtype == wanted
     assert torch.equal(got, tiny.tensors["lm_head.weight"].to(wanted))
 
@@ -50,19 +55,21 @@ def test_integers_are_no_weights(tiny):
     tiny.tensors["model.norm.weight"] = torch.ones(16, dtype=torch.int32)
     tiny.write_single()
     with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is of type I32"):
-        open_checkpoint(tiny.directory).tensor("model.norm.weight", (16,), torch.float32)
+        open_checkpoint(tiny.directory).tensor(
+            TensorSource("model.norm.weight", (16,)), torch.float32
+        )
 
 
 def test_wrong_shape_and_missing_tensor(tiny):
     path = tiny.write_single()
     checkpoint = open_checkpoint(tiny.directory)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.tensor("lm_head.weight", (16, 32), torch.float32)
+        checkpoint.tensor(TensorSource("lm_head.weight", (16, 32)), torch.float32)
     assert caught.value.message == (
         f"{path}: tensor 'lm_head.weight' has shape (32, 16), the model needs (16, 32)"
     )
     with pytest.raises(CheckpointError, match=r"tensor 'lm_head\.bias' is missing"):
-        checkpoint.tensor("lm_head.bias", (32,), torch.float32)
+        checkpoint.tensor(TensorSource("lm_head.bias", (32,)), torch.float32)
 
 
 def test_missing_shard(tiny):
@@ -117,7 +124,7 @@ def test_file_that_shrinks_after_it_was_opened(tiny):
     with pytest.raises(
         CheckpointError, match=r"'model\.norm\.weight' cannot be read: the file end"
     ):
-        checkpoint.tensor("model.norm.weight", (16,), torch.float32)
+        checkpoint.tensor(TensorSource("model.norm.weight", (16,)), torch.float32)
 
 
 def safetensors_bytes(header: object, data_bytes: int) -> bytes:
@@ -184,13 +191,46 @@ def test_metadata_is_the_config(tiny):
     assert open_checkpoint(tiny.directory).metadata["model_type"] == "llama"
 
 
-def test_opening_needs_no_torch(tiny):
+def test_identity_tells_how_codes_are_read(tiny):
     tiny.write_single()
-    program = (
-        "import sys; from splitserve.weights import open_checkpoint; import splitserve.tokenizer, "
-        f"splitserve.chat, splitserve.models.rope; open_checkpoint({str(tiny.directory)!r})"
-        ".identity(); print('torch' in sys.modules)"
-    )
+    identities = set()
+    for version in ("gptq", "gptq_v2"):
+        method = {"quant_method": "gptq", "bits": 4, "group_size": 8, "checkpoint_format": version}
+        tiny.write_config(quantization_config=method)
+        identities.add(open_checkpoint(tiny.directory).identity())
+        assert open_checkpoint(tiny.directory).identity() in identities
+    assert len(identities) == 2
+
+
+def test_an_unknown_quantisation_is_refused(tiny):
+    tiny.write_single()
+    tiny.write_config(quantization_config={"quant_method": "squeeze"})
+    assert "quantization_config.quant_method 'squeeze' is not supported" in refused(tiny.directory)
+
+
+def test_opening_needs_no_torch(tiny):
+    """Nor does checking, plain or quantised."""
+    name = "model.layers.0.mlp.up_proj"
+    del tiny.tensors[f"{name}.weight"]
+    tiny.tensors |= {
+        f"{name}.qweight": torch.zeros(2, 24, dtype=torch.int32),
+        f"{name}.qzeros": torch.zeros(2, 3, dtype=torch.int32),
+        f"{name}.scales": torch.ones(2, 24),
+    }
+    tiny.write_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 8})
+    tiny.write_single()
+    program = f"""
+import sys
+from splitserve.weights import open_checkpoint
+from splitserve.weights.source import MatrixSource, TensorSource
+import splitserve.tokenizer, splitserve.chat, splitserve.models.rope
+checkpoint = open_checkpoint({str(tiny.directory)!r})
+checkpoint.identity()
+checkpoint.check_tensor(TensorSource("model.norm.weight", (16,)))
+checkpoint.check_matrix(MatrixSource("lm_head.weight", (32, 16)))
+checkpoint.check_matrix(MatrixSource({name!r} + ".weight", (24, 16)))
+print("torch" in sys.modules)
+"""
     out = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
     )

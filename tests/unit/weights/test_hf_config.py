@@ -5,7 +5,7 @@ import json
 import pytest
 
 from splitserve.errors import CheckpointError
-from splitserve.models.config import LinearRope, Llama3Rope
+from splitserve.models.rope import LinearRope, Llama3Rope, RopeConfig
 from splitserve.weights import read_config
 
 LLAMA3 = {
@@ -20,12 +20,14 @@ LLAMA3 = {
 def test_a_whole_config(tiny):
     config = read_config(tiny.directory)
     assert config.architecture == "LlamaForCausalLM"
-    assert (config.hidden_size, config.intermediate_size, config.num_layers) == (16, 24, 2)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 4)
+    assert (config.hidden_size, config.mlp.size, config.num_layers) == (16, 24, 2)
+    attention = config.attention
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, 2, 4)
     assert (config.vocab_size, config.max_context_tokens) == (32, 64)
-    assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-5, 10000.0, None)
+    assert (config.norm.kind, config.norm.eps) == ("rms", 1e-5)
+    assert {layer.rope for layer in config.layers} == {RopeConfig(10000.0, 4)}
     assert not config.tie_word_embeddings
-    assert {config.attention_bias, config.attention_output_bias, config.mlp_bias} == {False}
+    assert {attention.qkv_bias, attention.out_bias, config.mlp.bias} == {False}
     assert (config.bos_token_id, config.eos_token_ids) == (1, frozenset({2}))
 
 
@@ -38,50 +40,54 @@ def test_generation_config_wins(tiny):
 def test_defaults(tiny):
     tiny.write_config(num_key_value_heads=..., rope_theta=..., eos_token_id=None)
     config = read_config(tiny.directory)
-    assert config.num_kv_heads == 4
-    assert config.rope_theta == 10000.0
+    assert config.attention.num_kv_heads == 4
+    assert config.layers[0].rope == RopeConfig(10000.0, 4)
     assert config.eos_token_ids == frozenset()
 
 
 def test_rope_scaling(tiny):
+    llama3 = Llama3Rope(8.0, 1.0, 4.0, 8192)
     tiny.write_config(rope_scaling=LLAMA3)
-    assert read_config(tiny.directory).rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 8192)
+    assert read_config(tiny.directory).layers[0].rope.scaling == llama3
     tiny.write_config(rope_scaling={"type": "linear", "factor": 2})
-    assert read_config(tiny.directory).rope_scaling == LinearRope(2.0)
+    assert read_config(tiny.directory).layers[0].rope.scaling == LinearRope(2.0)
     # transformers 5 writes it so.
     tiny.write_config(rope_theta=..., rope_parameters=LLAMA3 | {"rope_theta": 5e5})
-    config = read_config(tiny.directory)
-    assert (config.rope_theta, config.rope_scaling) == (5e5, Llama3Rope(8.0, 1.0, 4.0, 8192))
+    assert read_config(tiny.directory).layers[1].rope == RopeConfig(5e5, 4, llama3)
 
 
 def test_qwen2_has_three_biases(tiny):
-    tiny.write_config(architectures=["Qwen2ForCausalLM"])
+    for changes in ({}, {"attention_bias": True}):
+        tiny.write_config(architectures=["Qwen2ForCausalLM"], **changes)
+        attention = read_config(tiny.directory).attention
+        assert attention.qkv_bias
+        assert not attention.out_bias
+
+
+def test_a_sliding_window(tiny):
+    tiny.write_config(architectures=["MistralForCausalLM"], sliding_window=8)
     config = read_config(tiny.directory)
-    assert config.attention_bias
-    assert not config.attention_output_bias
-    tiny.write_config(attention_bias=True)
-    assert read_config(tiny.directory).attention_output_bias
-
-
-def test_a_window_as_long_as_the_context_is_none(tiny):
-    tiny.write_config(architectures=["MistralForCausalLM"], sliding_window=64)
-    assert read_config(tiny.directory).architecture == "MistralForCausalLM"
+    assert config.architecture == "MistralForCausalLM"
+    assert [layer.window for layer in config.layers] == [8, 8]
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"architectures": ["GPTJForCausalLM"]}, "architecture 'GPTJForCausalLM' is not supported"),
+        (
+            {"architectures": ["EvilForCausalLM"]},
+            "architectures 'EvilForCausalLM' is not supported",
+        ),
         ({"architectures": ...}, "architectures must name one"),
         ({"architectures": [1]}, "architectures must be a list of strings"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map names code to run"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "(method 'gptq') is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"sliding_window": 8}, "sliding_window 8 is not supported"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
-        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_act": "swoosh"}, "hidden_act 'swoosh' is not supported"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, must be above 0"),
+        ({"hidden_size": 0, "head_dim": 4}, "hidden_size is 0"),
         ({"hidden_size": -16}, "hidden_size is -16"),
         ({"hidden_size": 1 << 40}, "hidden_size is 1099511627776"),
+        ({"hidden_size": 1 << 40, "head_dim": 4}, "hidden_size is 1099511627776"),
         ({"hidden_size": 16.0}, "hidden_size is 16.0, must be a whole number"),
         ({"hidden_size": True}, "hidden_size is True, must be a whole number"),
         ({"hidden_size": ...}, "hidden_size is missing"),
@@ -90,16 +96,16 @@ def test_a_window_as_long_as_the_context_is_none(tiny):
         ({"num_attention_heads": 0, "head_dim": 4}, "num_heads is 0"),
         ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"num_key_value_heads": 8}, "num_heads 4 is not a multiple of num_kv_heads 8"),
-        ({"head_dim": 5}, "head_dim 5 is odd"),
+        ({"head_dim": 5}, "rotary embedding of 5 dimensions; it needs pairs"),
         ({"num_hidden_layers": 10**9}, "num_layers is 1000000000"),
         ({"vocab_size": 1 << 30}, "vocab_size is"),
-        ({"max_position_embeddings": 0}, "max_context_tokens is 0"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"rms_norm_eps": 0.0}, "the norm's epsilon is 0.0"),
+        ({"rms_norm_eps": float("nan")}, "the norm's epsilon is nan"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', must be a number"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "rope_theta is too large"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "odd", "factor": 4}}, "'odd' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_scaling.factor is 0.0"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor must be above"),

@@ -79,6 +79,18 @@ class Fields:
         """A list of whole numbers; one number alone is a list of one, a missing key is empty."""
         return self._list(key, int, "whole numbers")
 
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers, whole or not; a missing key is empty."""
+        values = self._values.get(key)
+        if values is None:
+            return []
+        if not isinstance(values, list) or any(type(v) not in (int, float) for v in values):
+            raise self.error(key, "must be a list of numbers")
+        try:
+            return [float(value) for value in values]
+        except OverflowError as exc:
+            raise self.error(key, "has too large a number") from exc
+
     def texts(self, key: str) -> list[str]:
         """A list of strings; one string alone is a list of one, a missing key is empty."""
         return self._list(key, str, "strings")
@@ -91,6 +103,17 @@ class Fields:
         if not isinstance(value, dict):
             raise self.error(key, f"is {_short(value)}, must be an object")
         return Fields(self.source, value, f"{self._prefix}{key}.")
+
+    def defaulting(self, **defaults: Any) -> Fields:
+        """The same with these values for keys that are missing."""
+        given = {key: value for key, value in self._values.items() if value is not None}
+        return Fields(self.source, {**self._values, **defaults, **given}, self._prefix)
+
+    def expect(self, key: str, *supported: object) -> None:
+        """Raises unless the key is missing or has one of these values."""
+        if key in self and self._values[key] not in supported:
+            known = ", ".join(map(repr, supported))
+            raise self.error(key, f"is {_short(self._values[key])}, supported: {known}")
 
     def names(self) -> list[str]:
         """Every key, those of nulls too."""

@@ -1,0 +1,1 @@
+"""Tensor parallelism: one worker as a group of ranks that compute one model together."""

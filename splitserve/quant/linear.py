@@ -1,0 +1,54 @@
+"""The fastest product that can read a matrix's codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from splitserve.quant import cpu_linear, cuda_linear
+from splitserve.quant.inputs import RoundedInput, TransformedInput
+from splitserve.quant.linear_protocol import Linear
+from splitserve.quant.matrix import QuantizedMatrix
+from splitserve.quant.slab_linear import SlabLinear
+
+
+def make_quantized_linear(
+    matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Linear:
+    """A product of inputs of type `dtype` with the matrix, which is moved to the device.
+
+    Any matrix is taken; one that no fast product can represent is widened slab by slab in each
+    call, so that memory stays what codes need.
+    """
+    matrix = matrix.to(device)
+    if bias is not None:
+        bias = bias.to(device=device, dtype=dtype)
+    product = _choose(matrix, bias, dtype)
+    if matrix.smoothing is None and matrix.input_order is None:
+        return product
+    return TransformedInput(product, matrix.smoothing, matrix.input_order)
+
+
+def _choose(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """A product that rounds its input if the matrix wants that."""
+    if matrix.codes.device.type == "cuda":
+        if cuda_linear.Fp8Linear.takes(matrix, dtype):
+            return cuda_linear.Fp8Linear(matrix, bias, dtype)
+        if cuda_linear.Int8CodesGpuLinear.takes(matrix):
+            return cuda_linear.Int8CodesGpuLinear(matrix, bias, dtype)
+    elif cpu_linear.Int8CodesLinear.takes(matrix):
+        return cpu_linear.Int8CodesLinear(matrix, bias, dtype)
+    product = _choose_wide(matrix, bias, dtype)
+    if not matrix.quantizes_input:
+        return product
+    return RoundedInput(product, fp8=matrix.kind == "fp8", scale=matrix.input_scale)
+
+
+def _choose_wide(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """A product whose input stays as it is."""
+    if matrix.codes.device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
+        if cpu_linear.Int8Linear.takes(matrix):
+            return cpu_linear.Int8Linear(matrix, bias, dtype)
+        if cpu_linear.Int4Linear.takes(matrix):
+            return cpu_linear.Int4Linear(matrix, bias, dtype)
+    return SlabLinear(matrix, bias, dtype)
