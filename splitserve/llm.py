@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import secrets
 import sys
+import weakref
 from collections import abc
 from types import TracebackType
 from typing import TypeAlias, cast
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from splitserve.chat import ChatTemplate
 from splitserve.engine.core import CoreConfig, CoreStats, EngineCore
 from splitserve.engine.factory import EngineConfig, KvChoice, Quantization, open_engine
+from splitserve.engine.protocol import Engine
 from splitserve.errors import InvalidRequest
 from splitserve.llm_request import Request, dispatch
 from splitserve.outputs import OutputBuilder, OutputDelta, RequestOutput
@@ -105,6 +107,9 @@ class LLM:
             dispatch,
         )
         self._core.start()
+        # Not a method of this object: one that nobody holds any more closes its engine, too, and
+        # what is left at the interpreter's exit closes then.
+        self._close = weakref.finalize(self, _close, self._core, engine)
 
     def generate(
         self,
@@ -163,8 +168,8 @@ class LLM:
         return self._core.stats()
 
     def shutdown(self) -> None:
-        """Stop the engine's loop. The object cannot be used afterwards."""
-        self._core.stop()
+        """Stop the engine's loop and its ranks. The object cannot be used afterwards."""
+        self._close()
 
     def __enter__(self) -> LLM:
         return self
@@ -217,6 +222,11 @@ class LLM:
     def _collect(self, prompt: Prompt, request: Request) -> RequestOutput:
         text = prompt if isinstance(prompt, str) else None
         return OutputBuilder(text, request.prompt).extend(request.deltas())
+
+
+def _close(core: EngineCore, engine: Engine) -> None:
+    core.stop()
+    engine.close()
 
 
 def _as_list(prompts: Prompt | abc.Sequence[Prompt]) -> list[Prompt]:

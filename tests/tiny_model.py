@@ -87,7 +87,8 @@ def make_engine(
         num_pages=num_pages,
     )
     products = choose_products(dtype, device, deterministic=deterministic)
-    loader = Loader(CONFIG, RandomWeights(), products, SingleGroup(), dtype, device)
+    group = SingleGroup()
+    loader = Loader(CONFIG, RandomWeights(), products, group, dtype, device)
     model = loader.load(512)
     make = make_attention or (RowwiseAttention if deterministic else BatchedAttention)
-    return TorchEngine(spec, model, memory, make(memory, model.rules))
+    return TorchEngine(spec, model, memory, make(memory, model.rules), group)

@@ -16,6 +16,7 @@ from splitserve.obs.logging import bind_request_id
 from splitserve.obs.tracing import use_context
 from splitserve.v1 import decode_pb2, decode_pb2_grpc
 from splitserve.worker.block_loader import BlockLoader
+from splitserve.worker.follower import follow_rank_0
 from splitserve.worker.process import Worker, open_worker
 
 SERVICE_NAME: str = decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name
@@ -26,6 +27,9 @@ LONGEST_LOAD_S = 600.0
 
 async def serve(config: DecodeConfig) -> None:
     """Run the service until it is told to stop."""
+    if config.parallel.rank:
+        await follow_rank_0(config)
+        return
     async with assembled(config) as (worker, service):
         await worker.run(SERVICE_NAME, service.drain)
 

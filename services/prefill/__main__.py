@@ -10,6 +10,7 @@ from services.prefill.recorder import Recorder
 from services.prefill.service import Bench, PrefillService
 from splitserve.config import run_main
 from splitserve.v1 import prefill_pb2, prefill_pb2_grpc
+from splitserve.worker.follower import follow_rank_0
 from splitserve.worker.process import Worker, open_worker
 
 SERVICE_NAME: str = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name
@@ -17,6 +18,9 @@ SERVICE_NAME: str = prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].fu
 
 async def serve(config: PrefillConfig) -> None:
     """Run the service until it is told to stop."""
+    if config.parallel.rank:
+        await follow_rank_0(config)
+        return
     async with assembled(config) as (worker, service):
         await worker.run(SERVICE_NAME, service.drain)
 

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from splitserve.cli import bench, chat, generate, models, serve
+from splitserve.cli import bench, chat, generate, models, quantize, serve
 from splitserve.errors import Overloaded, SplitserveError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-_COMMANDS = (serve, generate, chat, bench, models)
+_COMMANDS = (serve, generate, chat, bench, models, quantize)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

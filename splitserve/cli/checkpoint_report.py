@@ -8,15 +8,13 @@ from pathlib import Path
 
 from splitserve.chat import ChatTemplate
 from splitserve.errors import CheckpointError, ConfigError
+from splitserve.models.check import check_weights
 from splitserve.models.families import BY_ARCHITECTURE
 from splitserve.models.footprint import Workload, footprint, num_parameters
-from splitserve.models.planner import ModelPlanner
-from splitserve.parallel.shard import Shard
 from splitserve.tokenizer import Tokenizer
 from splitserve.weights.checkpoint import open_checkpoint
 from splitserve.weights.gguf_file import read_gguf
 from splitserve.weights.safetensors_file import read_safetensors
-from splitserve.weights.source import MatrixSource
 from splitserve.weights.stored import StoredTensor
 
 
@@ -72,11 +70,7 @@ def inspect(path: Path, workload: Workload) -> CheckpointReport:
         tensors = _stored_tensors(path)
         context = workload.context or config.max_context_tokens
         need = footprint(config, replace(workload, context=context))
-        for source in ModelPlanner(config, Shard()).sources():
-            if isinstance(source, MatrixSource):
-                checkpoint.check_matrix(source)
-            else:
-                checkpoint.check_tensor(source)
+        check_weights(checkpoint, workload.ranks)
     except (CheckpointError, ConfigError) as error:
         return CheckpointReport(str(path), loads=False, problem=error.message)
     stored: Counter[str] = Counter()

@@ -18,7 +18,7 @@ A setting that is not listed here is set through the environment: SPLITSERVE_MAX
 """
 _ENGINE_FLAGS = (
     *("dtype", "device", "threads", "pool_bytes", "max_batch", "max_step_tokens"),
-    *("max_context_tokens", "transport", "quantization", "kv_dtype", "tensor_parallel_size"),
+    *("max_context_tokens", "transport", "quantization", "kv_dtype"),
 )
 
 
@@ -89,6 +89,7 @@ def _config(options: argparse.Namespace) -> SuiteConfig:
         model=options.model,
         model_name=options.model_name,
         engine=options.engine,
+        tensor_parallel_size=options.tensor_parallel_size or 1,
         host=options.host,
         insecure=options.insecure,
         router_port=options.port,

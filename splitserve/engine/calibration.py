@@ -16,6 +16,7 @@ from splitserve.engine.attention import BatchedAttention
 from splitserve.engine.batch import build_batch
 from splitserve.engine.page_memory import open_page_memory
 from splitserve.engine.protocol import Slice
+from splitserve.errors import CheckpointError
 from splitserve.kv.page_shape import PageShape
 from splitserve.models.decoder import Block
 from splitserve.models.layers.embedding import Embedding
@@ -57,8 +58,14 @@ class Calibration:
 
     @torch.inference_mode()
     def loaded(self, block: Block) -> None:
-        """See `LoadObserver.loaded`. The next layer sees what this one gives unquantised."""
+        """See `LoadObserver.loaded`. The next layer sees what this one gives unquantised.
+
+        Raises `CheckpointError` if that is not finite: nothing could be learned from it.
+        """
         self._hidden = [_run(block, hidden) for hidden in self._hidden]
+        if not all(hidden.isfinite().all() for hidden in self._hidden):
+            layer = block.attention.layer
+            raise CheckpointError(f"layer {layer} gives numbers that are not finite on plain text")
         for recorder in self._waiting:
             recorder.finish(self._quantize, self._make)
         self._waiting.clear()

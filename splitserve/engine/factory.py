@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from splitserve.engine.fake import FakeEngine
 from splitserve.engine.protocol import Engine
 from splitserve.engine.threads import yield_cores_when_waiting
 from splitserve.errors import ConfigError
+from splitserve.parallel.rendezvous import (
+    ParallelConfig,
+    ParallelSettings,
+    read_parallel_config,
+)
 
 Quantization: TypeAlias = Literal["none", "fp8", "int8", "int8-smooth", "int4", "int4-awq"]
 KvChoice: TypeAlias = Literal["auto", "fp8", "int8"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class EngineConfig:
 
     `quantization` is what plain weights are quantised to while loading; a checkpoint that is
     quantised already needs none. `kv_dtype` is what keys and values are kept in, `auto` for the
-    model's own type. `pool_bytes` is the size of the KV pool. `threads=0` leaves torch's choice.
+    model's own type. `pool_bytes` is the size of the KV pool of each of `tensor_parallel_size`
+    ranks, and `threads` compute in each; 0 leaves the choice to torch.
     In deterministic mode a sequence's tokens and log-probabilities are the same bits in any
     batch, chunking, worker and after any interruption, at some cost in speed.
     """
@@ -43,22 +52,40 @@ class EngineConfig:
     fake_step_ms: float = 0.0
 
 
-def open_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
+def open_engine(
+    config: EngineConfig, parallel: ParallelConfig | None = None, *, show_progress: bool = False
+) -> Engine:
     """Open the engine. Raises `CheckpointError` or `ConfigError`, one line each.
 
-    Loads in a thread that ends: OpenMP keeps a team for every thread that has computed, and the
-    one that will call `step` should have the only one.
+    `parallel` is rank 0's place in a group of `config.tensor_parallel_size`; without it this
+    process starts all the other ranks.
     """
+    if parallel is None:
+        size = config.tensor_parallel_size
+        parallel = read_parallel_config(ParallelSettings(tensor_parallel_size=size), {})
     if config.kind == "fake" or config.device == "cpu":
-        _check_fits_memory(config.pool_bytes)
+        _check_fits_memory(config.pool_bytes, parallel.local_size)
     if config.kind == "fake":
+        if parallel.size > 1:
+            raise ConfigError(f"tensor_parallel_size {parallel.size}: the fake engine has no ranks")
         return _open_fake(config)
     yield_cores_when_waiting()
     # Only workers have torch installed; the fake engine must open without it.
+    if parallel.size > 1:
+        from splitserve.parallel.opening import open_group_engine
+
+        return open_group_engine(config, parallel, show_progress=show_progress)
     from splitserve.engine.torch_factory import open_torch_engine
 
+    return in_own_thread(lambda: open_torch_engine(config, show_progress=show_progress))
+
+
+def in_own_thread(load: Callable[[], _T]) -> _T:
+    """What `load` returns, called in a thread that ends: OpenMP keeps a team for every thread that
+    has computed, and the one that will call `step` should have the only one.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
-        return loader.submit(open_torch_engine, config, show_progress=show_progress).result()
+        return loader.submit(load).result()
 
 
 def _open_fake(config: EngineConfig) -> Engine:
@@ -73,13 +100,16 @@ def _open_fake(config: EngineConfig) -> Engine:
     )
 
 
-def _check_fits_memory(pool_bytes: int) -> None:
+def _check_fits_memory(pool_bytes: int, ranks: int) -> None:
     """Pages are taken from the system when first written: a pool that can never be had would be
     noticed, as a kill, in the middle of serving. Raises `ConfigError`.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if pool_bytes > memory:
-        raise ConfigError(f"pool_bytes {pool_bytes} is more than this machine's {memory} of memory")
+    if pool_bytes * ranks > memory:
+        of_ranks = f" of each of {ranks} ranks" if ranks > 1 else ""
+        raise ConfigError(
+            f"pool_bytes {pool_bytes}{of_ranks} is more than this machine's {memory} of memory"
+        )
 
 
 def layout_fingerprint(identity: bytes, geometry: str) -> bytes:

@@ -80,6 +80,9 @@ class FakeEngine:
         """See `Engine.insert_page`."""
         self._pool[page] = np.frombuffer(content, np.uint32).reshape(self._pool[page].shape)
 
+    def close(self) -> None:
+        """See `Engine.close`."""
+
     def _write(self, part: Slice, first_layer: int, end_layer: int) -> None:
         block = self.spec.block_tokens
         for offset, token in enumerate(part.token_ids):

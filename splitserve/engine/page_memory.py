@@ -18,6 +18,7 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
+_SCALES_TRIED: Final = 8
 _MOST_CODE: Final[Mapping[str, float]] = {"fp8": 448.0, "int8": 127.0}
 
 
@@ -113,7 +114,9 @@ class PlainPageMemory:
 class QuantizedPageMemory:
     """Keys and values in 8 bits, with a scale for each head of each token.
 
-    A scale is rounded before codes are made with it, so that it costs range, not accuracy.
+    A scale is rounded before codes are made with it, so that it costs range, not accuracy. A
+    float's steps are relative, so that a larger scale may fit a vector's few large channels
+    better: for fp8 the best of several is taken.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class QuantizedPageMemory:
         self._compute = compute
         self._most = _MOST_CODE[shape.dtype]
         self._rounds = shape.dtype == "int8"
+        self._tried = _SCALES_TRIED if shape.dtype == "fp8" else 1
         self._code_dtype = _DTYPES[shape.dtype]
         self._bytes = PageBytes(shape, num_pages, device)
         self.export, self.insert = self._bytes.export, self._bytes.insert
@@ -138,14 +142,11 @@ class QuantizedPageMemory:
         key_codes, value_codes, key_scales, value_scales = self._sections[layer]
         place = (rows // self.block_tokens, rows % self.block_tokens)
         for source, codes, scales in (
-            (keys, key_codes, key_scales),
-            (values, value_codes, value_scales),
+            (keys.float(), key_codes, key_scales),
+            (values.float(), value_codes, value_scales),
         ):
-            wide = source.float()
-            scale = (wide.abs().amax(-1, keepdim=True) / self._most).to(torch.bfloat16)
-            coded = wide / scale.float().clamp_min(torch.finfo(torch.bfloat16).tiny)
-            coded = coded.clamp_(-self._most, self._most)
-            coded = (coded.round_() if self._rounds else coded).to(self._code_dtype)
+            scale = self._scale(source)
+            coded = self._encode(source, scale)
             codes.view(torch.uint8).index_put_(place, coded.view(torch.uint8))
             scales.index_put_(place, scale)
 
@@ -159,6 +160,25 @@ class QuantizedPageMemory:
             return _by_sequence(wide * scales[pages].to(self._compute), sequences)
 
         return select(key_codes, key_scales), select(value_codes, value_scales)
+
+    def _scale(self, source: Tensor) -> Tensor:
+        """(tokens, heads, 1) bfloat16: that of least squared error among several, from the least
+        one that loses no range up to twice it.
+        """
+        tried = self._tried
+        least = source.abs().amax(-1, keepdim=True) / self._most
+        if tried == 1:
+            return least.to(torch.bfloat16)
+        growth = torch.exp2(torch.arange(tried, device=source.device) / tried)
+        scales = (least * growth).to(torch.bfloat16)[..., None, :].transpose(-1, -2)
+        decoded = self._encode(source[..., None, :], scales).float() * scales.float()
+        lost = (decoded - source[..., None, :]).square().sum(-1, keepdim=True)
+        return scales.gather(-2, lost.argmin(-2, keepdim=True)).squeeze(-2)
+
+    def _encode(self, source: Tensor, scale: Tensor) -> Tensor:
+        scaled = source / scale.float().clamp_min(torch.finfo(torch.bfloat16).tiny)
+        scaled = scaled.clamp_(-self._most, self._most)
+        return (scaled.round_() if self._rounds else scaled).to(self._code_dtype)
 
     def _views(self, shape: PageShape, layer: int) -> list[Tensor]:
         """A layer's sections where they are: (pages, block_tokens, kv_heads, width) each."""

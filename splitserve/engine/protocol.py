@@ -111,3 +111,7 @@ class Engine(Protocol):
     def insert_page(self, page: int, content: memoryview) -> None:
         """Overwrite a whole page with `content` of `block_bytes` bytes."""
         ...
+
+    def close(self) -> None:
+        """Give back what else than memory it holds. No method may be called after."""
+        ...

@@ -13,10 +13,15 @@ from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.engine.sampler import Sampler
 from splitserve.models.decoder import Decoder
+from splitserve.parallel.group import Group
 
 
 class TorchEngine:
-    """Implements `Engine`. Everything it is made of is chosen by `factory.open_engine`."""
+    """Implements `Engine`. Everything it is made of is chosen by `factory.open_engine`.
+
+    Of a tensor-parallel group it is one rank's part (`parallel.rank.RankEngine`): it computes
+    together with the others, and its pages have its own KV heads alone. `spec` is the worker's.
+    """
 
     def __init__(
         self,
@@ -24,27 +29,43 @@ class TorchEngine:
         model: Decoder,
         memory: PageMemory,
         attention: Attention,
+        group: Group,
         *,
         threads: int = 0,
     ) -> None:
         """`threads` is how many compute a step together; 0 leaves torch's choice."""
         self.spec = spec
+        self._group = group
         self._threads = threads
         self._model = model
         self._memory = memory
         self._attention = attention
         self._sampler = Sampler(spec.eos_token_ids)
 
-    @torch.inference_mode()
     def step(
         self, slices: Sequence[Slice], layers_done: LayersDone | None = None
     ) -> list[list[DrawnToken]]:
         """See `Engine.step`."""
+        return self.draw(self.compute(slices, layers_done), slices)
+
+    @torch.inference_mode()
+    def compute(
+        self, slices: Sequence[Slice], layers_done: LayersDone | None = None
+    ) -> Tensor | None:
+        """The part of a step that all ranks have: keys and values into the pool, and the logits
+        of all draws, (draws, vocab_size) fp32, None if there are none.
+        """
         if self._threads:
             torch.set_num_threads(self._threads)  # which is the calling thread's own number
         batch = build_batch(slices, self._memory, self._model.device)
         hidden = self._forward(batch, layers_done)
-        drawn = iter(self._draw(hidden, batch, slices))
+        return self._model.logits(hidden[batch.last_rows]) if len(batch.last_rows) else None
+
+    @torch.inference_mode()
+    def draw(self, logits: Tensor | None, slices: Sequence[Slice]) -> list[list[DrawnToken]]:
+        """The tokens of each slice, in its draws' order."""
+        draws = [draw for part in slices for draw in part.draws]
+        drawn = iter([] if logits is None else self._sampler.draw(logits, draws))
         return [[next(drawn) for _ in part.draws] for part in slices]
 
     @torch.inference_mode()
@@ -63,26 +84,34 @@ class TorchEngine:
         """See `Engine.insert_page`."""
         self._memory.insert(page, content)
 
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._group.close()
+
     def _forward(self, batch: StepBatch, layers_done: LayersDone | None) -> Tensor:
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             self._memory.write(layer, batch.kv_rows, keys, values)
             return self._attention(layer, queries, batch)
 
-        layer_done = self._report_groups(layers_done) if layers_done else None
-        return self._model.hidden(batch.token_ids, batch.positions, attend, layer_done)
-
-    def _draw(self, hidden: Tensor, batch: StepBatch, slices: Sequence[Slice]) -> list[DrawnToken]:
-        draws = [draw for part in slices for draw in part.draws]
-        if not draws:
-            return []
-        return self._sampler.draw(self._model.logits(hidden[batch.last_rows]), draws)
+        if not layers_done:
+            return self._model.hidden(batch.token_ids, batch.positions, attend)
+        report = self._report_groups(layers_done)
+        if self._group.size == 1:
+            return self._model.hidden(batch.token_ids, batch.positions, attend, report)
+        # This rank having stored a layer says nothing of the others. Once it has stored the one
+        # after it, it has their sums of that layer, which they gave after they had stored it.
+        hidden = self._model.hidden(
+            batch.token_ids, batch.positions, attend, lambda layer: report(layer - 1)
+        )
+        report(self.spec.num_layers - 1)
+        return hidden
 
     def _report_groups(self, layers_done: LayersDone) -> Callable[[int], None]:
         group, total = self.spec.layer_group, self.spec.num_layers
 
         def report(layer: int) -> None:
             end = layer + 1
-            if end % group == 0 or end == total:
+            if end and (end % group == 0 or end == total):
                 layers_done((end - 1) // group * group, end)
 
         return report

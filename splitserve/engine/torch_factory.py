@@ -41,19 +41,21 @@ def open_torch_engine(
     """See `factory.open_engine`. `group` has the ranks that share the model."""
     checkpoint = open_checkpoint(config.model)
     shape = checkpoint.config
-    device, dtype = _device(config.device), _dtype(config.dtype)
-    spec = _spec(config, shape, checkpoint.identity(), dtype)
+    device, dtype = parse_device(config.device), parse_dtype(config.dtype)
+    group = group or SingleGroup()
     products = choose_products(dtype, device, deterministic=config.deterministic)
     products, observers = quantizing(products, config.quantization, config.model)
-    loader = Loader(shape, checkpoint, products, group or SingleGroup(), dtype, device)
+    loader = Loader(shape, checkpoint, products, group, dtype, device)
+    page = replace(page_shape(config, shape), num_kv_heads=loader.num_kv_heads)
+    num_pages = pages_in(config.pool_bytes, page.page_bytes)
+    spec = _spec(config, shape, checkpoint.identity(), group.size, num_pages)
     with tqdm(
         total=shape.num_layers, desc="loading layers", unit="layer", disable=not show_progress
     ) as bar:
         model = loader.load(spec.max_context_tokens, [*observers, _Progress(bar)])
-    page = replace(_page_shape(config, shape), num_kv_heads=loader.num_kv_heads)
-    memory = open_page_memory(page, spec.num_pages, dtype, device)
+    memory = open_page_memory(page, num_pages, dtype, device)
     attention = _attention(memory, model.rules, device, shape, config.deterministic)
-    return TorchEngine(spec, model, memory, attention, threads=config.threads)
+    return TorchEngine(spec, model, memory, attention, group, threads=config.threads)
 
 
 class _Progress:
@@ -71,14 +73,18 @@ class _Progress:
 
 
 def _spec(
-    config: EngineConfig, shape: ModelConfig, identity: bytes, dtype: torch.dtype
+    config: EngineConfig, shape: ModelConfig, identity: bytes, ranks: int, num_pages: int
 ) -> EngineSpec:
-    page = _page_shape(config, shape)
+    """The worker's: its pages have all KV heads. Groups of any size understand each other's KV,
+    but in deterministic mode: sums over another number of ranks have other bits.
+    """
+    page = page_shape(config, shape)
+    deterministic = f"over {ranks}" if config.deterministic else "no"
     context = shape.max_context_tokens
     if config.max_context_tokens:
         context = min(context, config.max_context_tokens)
     ropes = sorted(repr(rope) for rope in _frequencies(shape, context))
-    geometry = f"{dtype} {page} {config.quantization} {config.deterministic} {ropes}"
+    geometry = f"{parse_dtype(config.dtype)} {page} {config.quantization} {deterministic} {ropes}"
     return EngineSpec(
         fingerprint=layout_fingerprint(identity, geometry),
         vocab_size=shape.vocab_size,
@@ -88,13 +94,13 @@ def _spec(
         layer_group=-(-shape.num_layers // _LAYER_GROUPS),
         block_tokens=config.block_tokens,
         block_bytes=page.page_bytes,
-        num_pages=pages_in(config.pool_bytes, page.page_bytes),
+        num_pages=num_pages,
     )
 
 
-def _page_shape(config: EngineConfig, shape: ModelConfig) -> PageShape:
+def page_shape(config: EngineConfig, shape: ModelConfig) -> PageShape:
     """A page with all KV heads."""
-    dtype = config.kv_dtype if config.kv_dtype != "auto" else _KV_DTYPES[_dtype(config.dtype)]
+    dtype = config.kv_dtype if config.kv_dtype != "auto" else _KV_DTYPES[parse_dtype(config.dtype)]
     attention = shape.attention
     return PageShape(
         shape.num_layers, config.block_tokens, attention.num_kv_heads, attention.head_dim, dtype
@@ -131,7 +137,8 @@ def _attention(
     return TritonAttention(memory, properties.multi_processor_count)
 
 
-def _device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
+    """A device that is there. Raises `ConfigError`."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -141,7 +148,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
+    """A model's type, `auto` for bf16. Raises `ConfigError`."""
     if name == "auto":
         return torch.bfloat16
     if name not in _DTYPES:

@@ -30,6 +30,8 @@ class SuiteConfig:
     model: str = ""
     model_name: str = ""
     engine: str = "torch"
+    tensor_parallel_size: int = 1
+    """Ranks of each worker, processes of this machine."""
     host: str = LOOPBACK
     """Where the router listens; the others always on loopback."""
     insecure: bool = False
@@ -51,6 +53,10 @@ class SuiteConfig:
     def __post_init__(self) -> None:
         if self.engine == "torch" and not self.model:
             raise ConfigError("model: name a checkpoint, a Hugging Face directory or a .gguf file")
+        if self.tensor_parallel_size > 1 and self.engine != "torch":
+            raise ConfigError(
+                f"tensor_parallel_size {self.tensor_parallel_size}: the fake engine has no ranks"
+            )
         if self.num_prefill < 1 or self.num_decode < 1:
             raise ConfigError("workers: each tier needs at least one")
 
@@ -88,7 +94,8 @@ def plan(config: SuiteConfig) -> list[ServicePlan]:
     worker = ("--kvstore", kvstore, *_engine_flags(config))
     # Decoding is bound by memory, so that half of the cores serve it almost as well as all, and
     # its steps are not held up by a prompt that is computed beside it.
-    decode = (*worker, "--threads", str(share_of_cores()))
+    threads = max(1, share_of_cores() // config.tensor_parallel_size)
+    decode = (*worker, "--threads", str(threads))
     targets = ("--prefill", ",".join(prefills), "--decode", ",".join(decodes))
     return [
         _service(config, "kvstore", 0, kvstore, ()),
@@ -129,7 +136,10 @@ def _service(
 
 
 def _engine_flags(config: SuiteConfig) -> tuple[str, ...]:
-    flags = ("--engine", config.engine, "--model-name", config.served_name)
+    flags = (
+        *("--engine", config.engine, "--model-name", config.served_name),
+        *("--tensor-parallel-size", str(config.tensor_parallel_size)),
+    )
     return (*flags, "--model", config.model) if config.model else flags
 
 

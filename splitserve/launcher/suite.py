@@ -12,6 +12,7 @@ from splitserve.errors import DeadlineExceeded, Unavailable
 from splitserve.launcher.config import ServicePlan, SuiteConfig, plan
 from splitserve.launcher.process import ServiceProcess
 from splitserve.launcher.signals import StopSignals
+from splitserve.models.check import check_weights
 from splitserve.weights.checkpoint import open_checkpoint
 
 START_TIMEOUT_S = 180.0
@@ -58,12 +59,13 @@ class LocalSuite:
     ) -> None:
         """Starts all at once and returns when each is ready; `on_ready` hears of each.
 
-        Raises CheckpointError before anything is started, Unavailable with the last words of a
-        process that ended, DeadlineExceeded naming those that were not ready within `timeout_s`.
+        Raises CheckpointError or ConfigError before anything is started, Unavailable with the last
+        words of a process that ended, DeadlineExceeded naming those that were not ready within
+        `timeout_s`.
         """
         if self._config.model:
             # A broken checkpoint is one line here and would be one of each process.
-            open_checkpoint(self._config.model)
+            check_weights(open_checkpoint(self._config.model), self._config.tensor_parallel_size)
         for each in plan(self._config):
             with self._signals.held():
                 self._processes.append(ServiceProcess(each, self._log_file(each.name)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from splitserve.quant.linear import make_quantized_linear
-from splitserve.quant.matrix import Weight
+from splitserve.quant.matrix import QuantizedMatrix, Weight
 
 TILE_ROWS = 16
 
@@ -108,10 +108,14 @@ class Products:
 def choose_products(dtype: torch.dtype, device: torch.device, *, deterministic: bool) -> Products:
     """The fastest products for the type and device, tiled in deterministic mode."""
     packed = device.type == "cpu" and dtype is torch.bfloat16 and torch._C._has_mkldnn
+    # fp32 is asked for to compare numbers, not for speed or memory: codes are widened once.
+    exact = dtype is torch.float32
     make_dense = PackedLinear if packed else PlainLinear
 
     def make(weight: Weight, bias: Tensor | None) -> Linear:
         product: Linear
+        if isinstance(weight, QuantizedMatrix) and exact and not weight.quantizes_input:
+            weight = weight.dequantize(dtype)
         if isinstance(weight, Tensor):
             product = make_dense(weight, bias)
         else:

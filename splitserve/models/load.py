@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from splitserve.errors import CheckpointError
 from splitserve.models.config import MlpConfig, ModelConfig, NormConfig
 from splitserve.models.decoder import Block, BlockNorms, Decoder
 from splitserve.models.layers.activation import make_activation
@@ -201,7 +203,11 @@ class Loader:
         exact, make = self._products.exact, self._products.unembedding
         if config.tie_word_embeddings:
             biases = [self._tensor(source) for source in plan.unembedding.biases]
-            product = make(embedding, _stack(biases))
+            weight = self._matrix(plan.unembedding.weights[0])
+            if isinstance(weight, Tensor):
+                weight = embedding  # not kept twice
+            with _naming(plan.unembedding, [weight]):
+                product = make(weight, _stack(biases))
         else:
             product = self._linear(plan.unembedding, make)
         return Unembedding(
@@ -236,10 +242,11 @@ class Loader:
         """One product of all matrices, or one of each where they are not quantised alike."""
         weights = [self._matrix(source) for source in plan.weights]
         biases = [self._tensor(source) for source in plan.biases]
-        if can_stack(weights):
-            return make(stack_rows(weights), _stack(biases))
-        each: Sequence[Tensor | None] = biases or [None] * len(weights)
-        return ConcatLinear([make(w, b) for w, b in zip(weights, each, strict=True)])
+        with _naming(plan, weights):
+            if can_stack(weights):
+                return make(stack_rows(weights), _stack(biases))
+            each: Sequence[Tensor | None] = biases or [None] * len(weights)
+            return ConcatLinear([make(w, b) for w, b in zip(weights, each, strict=True)])
 
     def _matrix(self, source: MatrixSource) -> Weight:
         return self._weights.matrix(source, self._dtype).to(self._device)
@@ -251,6 +258,22 @@ class Loader:
         if rope not in self._rotaries:
             self._rotaries[rope] = Rotary(rope, context, self._dtype, self._device)
         return self._rotaries[rope]
+
+
+@contextmanager
+def _naming(plan: ProjectionPlan, weights: Sequence[Weight]) -> Iterator[None]:
+    """What a product will not be made of is an error about a tensor: the first whose numbers are
+    not all finite, else the first.
+    """
+    try:
+        yield
+    except ValueError as error:
+        at_fault = plan.weights[0]
+        for source, weight in zip(plan.weights, weights, strict=True):
+            if isinstance(weight, Tensor) and not weight.isfinite().all():
+                at_fault = source
+                break
+        raise CheckpointError(f"tensor {at_fault.name!r}: {error}") from error
 
 
 def _stack(biases: Sequence[Tensor]) -> Tensor | None:

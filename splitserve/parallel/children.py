@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from splitserve.parallel.ending import Ending
 from splitserve.parallel.rendezvous import ParallelConfig
 
 FOLLOWER_COMMAND = (sys.executable, "-m", "splitserve.parallel.follower")
+_STDERR = 2
 STOP_S = 5.0
 KILL_S = 2.0
 
@@ -20,9 +22,10 @@ KILL_S = 2.0
 class LocalRanks:
     """Starts the ranks of `config.node_ranks` but this one, and watches them.
 
-    They are new processes, not forks: this one has threads. Call from the main thread: they end
-    with it (`die_with_parent`), and with the group's connection, whichever is noticed first.
-    One that ends before `ending` expects it ends this process, too.
+    They are new processes, not forks: this one has threads. Each is started by the thread that
+    then watches it, so that it ends with this process (`die_with_parent` goes by the thread), and
+    with the group's connection, whichever is noticed first. One that ends before `ending` expects
+    it ends this process, too.
     """
 
     def __init__(
@@ -40,18 +43,13 @@ class LocalRanks:
             if rank == config.rank:
                 continue
             arguments = _arguments(config, rank, local_rank, meeting_folder)
-            self._processes[rank] = subprocess.Popen(
-                [*command, *arguments],
-                stdin=subprocess.DEVNULL,
-                # stdout is this process's to announce itself on.
-                stdout=sys.stderr,
-                # Ctrl-C in a terminal is for this process, which stops the others in their time.
-                process_group=0,
+            started: Future[None] = Future()
+            watch = threading.Thread(
+                target=self._run, args=(rank, [*command, *arguments], started), daemon=True
             )
-        for rank in self._processes:
-            watch = threading.Thread(target=self._watch, args=(rank,), daemon=True)
             watch.start()
             self._watches[rank] = watch
+            started.result()
 
     @property
     def pids(self) -> dict[int, int]:
@@ -65,21 +63,32 @@ class LocalRanks:
 
     def stop(self, timeout_s: float = STOP_S) -> None:
         """Wait for the ends of ranks that were told to stop, then kill what is left."""
-        for process in self._processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout_s)
+        for watch in self._watches.values():
+            watch.join(timeout_s)
         self.kill()
-        for process in self._processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(KILL_S)
+        for watch in self._watches.values():
+            watch.join(KILL_S)
 
     def kill(self) -> None:
         """End them at once."""
         for process in self._processes.values():
             process.kill()
 
-    def _watch(self, rank: int) -> None:
-        status = self._processes[rank].wait()
+    def _run(self, rank: int, command: Sequence[str], started: Future[None]) -> None:
+        try:
+            process = self._processes[rank] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                # stdout is this process's to announce itself on.
+                stdout=_STDERR,
+                # Ctrl-C in a terminal is for this process, which stops the others in their time.
+                process_group=0,
+            )
+        except OSError as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        status = process.wait()
         if not self._ending.is_expected:
             self._ending.fail(describe_end(rank, status))
 

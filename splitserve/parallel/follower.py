@@ -35,3 +35,9 @@ def run_child(open_rank: OpenRank, argv: Sequence[str] | None = None) -> None:
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
+
+
+if __name__ == "__main__":
+    from splitserve.parallel.opening import open_rank
+
+    run_child(open_rank)

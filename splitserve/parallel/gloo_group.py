@@ -58,6 +58,8 @@ class GlooGroup:
     def close(self) -> None:
         """See `Group.close`."""
         self._gloo.shutdown()
+        # Its threads end when it goes. Where they still run at the interpreter's end, it aborts.
+        self._gloo = None
 
     def _gather(self, x: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(x) for _ in range(self.size)]

@@ -31,6 +31,7 @@ START_TIMEOUT_S = 600.0
 """Ranks of other nodes may wait for an image to be pulled."""
 
 VERDICT_S = 0.5
+JOIN_S = 1.0
 _START_ERRORS: dict[str, type[SplitserveError]] = {
     "CheckpointError": CheckpointError,
     "ConfigError": ConfigError,
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Leader:
-    """The other ranks, as rank 0 sees them. Open it in the main thread."""
+    """The other ranks, as rank 0 sees them."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Leader:
         """Opens the meeting place and starts this node's ranks; returns at once."""
         self._ending = ending
         self._links: dict[int, Links] = {}
+        self._watches: list[threading.Thread] = []
         self._meeting = Meeting(config, start_timeout_s)
         ending.before_exit(self._meeting.remove_folder)
         self._children: LocalRanks | None = None
@@ -87,6 +89,7 @@ class Leader:
                 target=self._watch, args=(rank, links.watch), name=f"watch-rank-{rank}", daemon=True
             )
             watch.start()
+            self._watches.append(watch)
             self._send(links.commands, Kind.PLAN, plan)
 
     def await_ready(self) -> dict[int, dict[str, Any]]:
@@ -135,6 +138,9 @@ class Leader:
             self._children.stop()
         for links in self._links.values():
             links.close()
+        # Python ends threads that it outlives by unwinding them, which libraries may not survive.
+        for watch in self._watches:
+            watch.join(JOIN_S)
         self._links.clear()
         self._meeting.close()
         self._meeting.remove_folder()

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from splitserve.parallel.ending import Ending
-from splitserve.parallel.link import Kind, Link, LinkClosed
+from splitserve.parallel.link import MAX_MESSAGE_BYTES, Kind, Link, LinkClosed
 from splitserve.parallel.page_slices import PageSlices
 
-_EXPORT = struct.Struct("<III")
+_EXPORT = struct.Struct("<IIIQ")
 _INSERT = struct.Struct("<I")
 
 
@@ -33,8 +33,10 @@ class RankPages(Protocol):
 class GroupPages:
     """Rank 0's side. One copy at a time.
 
-    Rank 0's own part comes first: what is wrong with a call is found before a follower hears of
-    it, and requests and answers stay in step.
+    Rank 0's own part comes first. What is wrong with a call is found before a follower hears of
+    it, so that requests and answers stay in step. And on GPUs a copy out of rank 0's memory waits
+    for the kernels before it, among them a sum that the others gave after they had stored what
+    they will be asked for: rank 0's host alone may be ahead of theirs.
     """
 
     def __init__(
@@ -42,13 +44,12 @@ class GroupPages:
         own: RankPages,
         followers: Mapping[int, Link],
         slices: PageSlices,
-        num_layers: int,
         ending: Ending,
     ) -> None:
         self._own = own
         self._followers = dict(followers)
         self._slices = slices
-        self._part = bytearray(num_layers * slices.rank_layer_bytes)
+        self._part = bytearray(slices.rank_page.page_bytes)
         self._ending = ending
         self._lock = threading.Lock()
 
@@ -62,7 +63,7 @@ class GroupPages:
             self._slices.gather(0, part, out)
             try:
                 for rank in asked:
-                    request = _EXPORT.pack(page, first_layer, end_layer)
+                    request = _EXPORT.pack(page, first_layer, end_layer, size)
                     self._followers[rank].send(Kind.EXPORT, request)
                 for rank in asked:
                     _receive_part(self._followers[rank], part)
@@ -86,13 +87,15 @@ class GroupPages:
                 self._ending.lost("giving KV to the other ranks", error)
 
 
-def serve_pages(link: Link, own: RankPages, rank_layer_bytes: int) -> None:
+def serve_pages(link: Link, own: RankPages) -> None:
     """A follower's side: answer until the link closes, which raises `LinkClosed`."""
     while True:
         kind, payload = link.receive()
         if kind is Kind.EXPORT and len(payload) == _EXPORT.size:
-            page, first, end = _EXPORT.unpack(payload)
-            part = bytearray(max(0, end - first) * rank_layer_bytes)
+            page, first, end, size = _EXPORT.unpack(payload)
+            if size > MAX_MESSAGE_BYTES:
+                raise LinkClosed(f"a page of {size} bytes")
+            part = bytearray(size)
             own.export_page(page, first, end, memoryview(part))
             link.send(Kind.DONE, part)
         elif kind is Kind.INSERT and len(payload) > _INSERT.size:

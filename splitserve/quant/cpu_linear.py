@@ -33,9 +33,9 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
-        if x.shape[0] > self.MOST_ROWS:
+        if not 0 < x.shape[0] <= self.MOST_ROWS:
             return self._many(x)
-        out: Tensor = torch.ops.aten._weight_int8pack_mm(x, self._codes, self._scales)
+        out: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self._codes, self._scales)
         return out if self._bias is None else out.add_(self._bias)
 
 
@@ -77,9 +77,9 @@ class Int4Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
         out: Tensor
-        if x.shape[0] <= self.MOST_ROWS:
+        if 0 < x.shape[0] <= self.MOST_ROWS:
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x, self._codes, self._group_size, self._pairs
+                x.contiguous(), self._codes, self._group_size, self._pairs
             )
         else:
             out = self._many(x)

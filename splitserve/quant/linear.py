@@ -10,6 +10,7 @@ from splitserve.quant.inputs import RoundedInput, TransformedInput
 from splitserve.quant.linear_protocol import Linear
 from splitserve.quant.matrix import QuantizedMatrix
 from splitserve.quant.slab_linear import SlabLinear
+from splitserve.quant.vnni.linear import VnniLinear
 
 
 def make_quantized_linear(
@@ -31,6 +32,8 @@ def make_quantized_linear(
 
 def _choose(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     """A product that rounds its input if the matrix wants that."""
+    if VnniLinear.takes(matrix, dtype):
+        return VnniLinear(matrix, bias)
     if matrix.codes.device.type == "cuda":
         if cuda_linear.Fp8Linear.takes(matrix, dtype):
             return cuda_linear.Fp8Linear(matrix, bias, dtype)

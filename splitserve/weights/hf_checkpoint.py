@@ -42,6 +42,10 @@ class HuggingFaceCheckpoint:
         """Every tensor's name, sorted."""
         return sorted(self._headers.tensors)
 
+    def stored_tensors(self) -> Mapping[str, StoredTensor]:
+        """Where every tensor lies, by name: for whoever copies them as they are."""
+        return self._headers.tensors
+
     def tensor(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         """See `Checkpoint.tensor`."""
         return read_dense_tensor(find_dense_tensor(self._headers, source), source, dtype)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _CONFIG: Final = "config.json"
 _QUANTIZATION: Final = "quantization_config"
+NOTES: Final = "splitserve"
+"""The object in config.json that only this project reads."""
 _INDEX: Final = "model.safetensors.index.json"
 _COPIED_SUFFIXES: Final = frozenset({".json", ".txt", ".model", ".jinja"})
 _COPIED_NAMES: Final = frozenset({"LICENSE", "NOTICE"})
@@ -49,6 +51,7 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self._partial = directory.with_name(f".{directory.name}.partial-{secrets.token_hex(4)}")
         self._quantization = CompressedConfig()
+        self._notes: dict[str, object] = {}
         self._shards: list[list[str]] = []
         self._writer: SafetensorsWriter | None = None
         self._size_bytes = 0
@@ -93,6 +96,14 @@ class CheckpointWriter:
         self._add(stored_tensors(module, matrix))
         self._quantization.add(module, matrix)
 
+    def leave_plain(self, module: str) -> None:
+        """A module without a weight of its own, which readers must not take for a quantised one."""
+        self._quantization.add_plain(module)
+
+    def note(self, key: str, value: object) -> None:
+        """Something that only this project reads, under `splitserve` in config.json."""
+        self._notes[key] = value
+
     def _add(self, tensors: dict[str, torch.Tensor]) -> None:
         """One module's tensors, all into one shard."""
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -124,9 +135,12 @@ class CheckpointWriter:
             weight_map |= dict.fromkeys(names, shard)
         index = {"metadata": {"total_size": self._size_bytes}, "weight_map": weight_map}
         self._write_json(_INDEX, index)
-        config = {key: each for key, each in self._config.items() if key != _QUANTIZATION}
+        written = (_QUANTIZATION, NOTES)
+        config = {key: each for key, each in self._config.items() if key not in written}
         if self._quantization:
             config[_QUANTIZATION] = self._quantization.to_json()
+        if self._notes:
+            config[NOTES] = self._notes
         self._write_json(_CONFIG, config)
         for file in self._model.iterdir():
             if _is_copied(file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,11 @@ from splitserve.engine.core import CoreConfig
 from splitserve.engine.factory import EngineConfig, KvChoice, Quantization
 from splitserve.errors import ConfigError
 from splitserve.model_name import default_model_name
+from splitserve.parallel.rendezvous import (
+    ParallelConfig,
+    ParallelSettings,
+    read_parallel_config,
+)
 
 
 class WorkerConfig(ServiceConfig):
@@ -27,13 +33,21 @@ class WorkerConfig(ServiceConfig):
         "none", description="what plain weights are quantised to while loading"
     )
     kv_dtype: KvChoice = Field("auto", description="of keys and values: auto, fp8 or int8")
-    tensor_parallel_size: int = Field(1, ge=1, le=64, description="ranks that share the model")
+    tensor_parallel_size: int = Field(
+        0, ge=0, le=64, description="ranks that share the model; 0: what started them says, or 1"
+    )
+    nnodes: int = Field(0, ge=0, le=64, description="nodes that the ranks are on; 0: as above")
+    node_rank: int = Field(0, ge=0, description="number of this node; rank 0 is on node 0")
+    master_addr: str = Field("", description="where the ranks of all nodes reach rank 0")
+    master_port: int = Field(
+        0, ge=0, le=65535, description="port there that the ranks meet at; 0: 29500"
+    )
     max_context_tokens: int = Field(0, ge=0, description="longest context; 0: the model's own")
     kvstore: str = Field("127.0.0.1:50054", description="HOST:PORT of this node's KV store")
     transport: Literal["auto", "shm", "grpc"] = Field(
         "auto", description="how KV blocks travel; auto takes shared memory where it can"
     )
-    pool_bytes: int = Field(1 << 30, ge=1, description="bytes of the KV pool")
+    pool_bytes: int = Field(1 << 30, ge=1, description="bytes of the KV pool of each rank")
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens of one KV block")
     max_batch: int = Field(64, ge=1, le=4096, description="most sequences in one step")
     max_step_tokens: int = Field(512, ge=2, description="most tokens computed in one step")
@@ -41,7 +55,7 @@ class WorkerConfig(ServiceConfig):
     deterministic: bool = Field(
         False, description="the same tokens and log-probabilities, bit by bit, in any batch"
     )
-    threads: int = Field(0, ge=0, description="threads of the engine; 0: its own choice")
+    threads: int = Field(0, ge=0, description="threads of each rank; 0: its own choice")
     nice: int = Field(0, ge=0, le=19, description="how far to step back for other processes")
     skip_prefix_cache: bool = Field(
         False, description="compute every prompt, whatever pool and store have of it"
@@ -71,6 +85,19 @@ class WorkerConfig(ServiceConfig):
             return self.model_name
         return default_model_name(self.model) if self.model else "fake"
 
+    @cached_property
+    def parallel(self) -> ParallelConfig:
+        """This process's place among the ranks. Raises `ConfigError`."""
+        return read_parallel_config(
+            ParallelSettings(
+                tensor_parallel_size=self.tensor_parallel_size,
+                nnodes=self.nnodes,
+                node_rank=self.node_rank,
+                master_addr=self.master_addr,
+                master_port=self.master_port,
+            )
+        )
+
     @property
     def engine_config(self) -> EngineConfig:
         """What the engine is opened with."""
@@ -81,7 +108,7 @@ class WorkerConfig(ServiceConfig):
             dtype=self.dtype,
             quantization=self.quantization,
             kv_dtype=self.kv_dtype,
-            tensor_parallel_size=self.tensor_parallel_size,
+            tensor_parallel_size=self.parallel.size,
             pool_bytes=self.pool_bytes,
             block_tokens=self.block_tokens,
             max_context_tokens=self.max_context_tokens,

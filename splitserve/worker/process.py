@@ -117,9 +117,10 @@ async def open_worker(tier: str, config: WorkerConfig, *, prefill: bool) -> Asyn
     """
     if config.nice:
         os.nice(config.nice)
-    engine = open_engine(config.engine_config)
+    engine = open_engine(config.engine_config, config.parallel)
     worker_id = config.worker_id or f"{tier}-{uuid.uuid4().hex[:12]}"
     async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(asyncio.to_thread, engine.close)
         tracing = setup_tracing(tier, config.otlp_endpoint, instance_id=worker_id)
         stack.callback(tracing.shutdown)
         worker = _assemble(tier, config, engine, worker_id, tracing, prefill)

@@ -6,6 +6,7 @@ saved as transformers saves it, and is opened by the engine from the files alone
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitserve.engine.factory import EngineConfig
-from splitserve.engine.protocol import Draw, Engine, Slice
+from splitserve.engine.protocol import Draw, DrawnToken, Engine, Slice
 from splitserve.engine.torch_engine import TorchEngine
 from splitserve.engine.torch_factory import open_torch_engine
-from splitserve.parallel.group import Group
 from splitserve.sampling import SamplingParams
 
 BLOCK_TOKENS = 4
@@ -25,6 +25,8 @@ CHUNK = 24
 PROMPT_TOKENS = 61
 GREEDY_TOKENS = 48
 MAX_LOGIT_ERROR = 1e-4
+DEVICE = os.environ.get("SPLITSERVE_TEST_DEVICE", "cpu")
+"""On a GPU the same tests compare its arithmetic with transformers' on the CPU."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=GREEDY_TOKENS, ignore_eos=True)
 
 
@@ -60,17 +62,22 @@ def save(model: PreTrainedModel, directory: Path) -> Path:
     return directory
 
 
-def open_engine(path: Path, *, context: int = 0, group: Group | None = None) -> TorchEngine:
-    """The engine in fp32 on one thread."""
-    config = EngineConfig(
+def engine_config(path: Path, context: int = 0) -> EngineConfig:
+    """Of an engine in fp32 on one thread."""
+    return EngineConfig(
         model=str(path),
+        device=DEVICE,
         dtype="float32",
         block_tokens=BLOCK_TOKENS,
         pool_bytes=1 << 22,
         max_context_tokens=context,
         threads=1,
     )
-    return open_torch_engine(config, group, show_progress=False)
+
+
+def open_engine(path: Path, *, context: int = 0) -> TorchEngine:
+    """The engine on one rank."""
+    return open_torch_engine(engine_config(path, context), show_progress=False)
 
 
 def prompt_of(vocab_size: int, seed: int) -> list[int]:
@@ -92,10 +99,10 @@ def greedy_from(logits: torch.Tensor, prompt_tokens: int) -> list[int]:
 
 def chunked_logits(engine: TorchEngine, tokens: Sequence[int]) -> torch.Tensor:
     """The engine's logits after every token, computed chunk by chunk in scattered pages."""
-    pages = _pages(engine, len(tokens))
+    pages = _pages(engine, engine, len(tokens))
     return torch.cat(
         [
-            engine.score(Slice(tokens[start : start + CHUNK], start, pages, ()))
+            engine.score(Slice(tokens[start : start + CHUNK], start, pages, ())).cpu()
             for start in range(0, len(tokens), CHUNK)
         ]
     )
@@ -103,29 +110,41 @@ def chunked_logits(engine: TorchEngine, tokens: Sequence[int]) -> torch.Tensor:
 
 def greedy(prefill: Engine, decode: Engine, prompt: Sequence[int]) -> list[int]:
     """48 tokens: the prompt in chunks on one engine, its pages moved, the rest on the other."""
-    pages = _pages(prefill, len(prompt) + GREEDY_TOKENS)
-    output: list[int] = []
+    return [token.token_id for token in drawn(prefill, decode, prompt, GREEDY)]
+
+
+def drawn(
+    prefill: Engine,
+    decode: Engine,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    count: int = GREEDY_TOKENS,
+) -> list[DrawnToken]:
+    """As `greedy`, with what else `params` asks for."""
+    pages = _pages(prefill, decode, len(prompt) + count)
+    output: list[DrawnToken] = []
 
     def run(engine: Engine, tokens: Sequence[int], start: int, *, last: bool) -> None:
-        draws = (Draw(GREEDY, 0, 0, prompt, tuple(output)),) if last else ()
-        drawn = engine.step([Slice(tokens, start, pages, draws)])
-        output.extend(token.token_id for token in drawn[0])
+        so_far = tuple(token.token_id for token in output)
+        draws = (Draw(params, 0, 0, prompt, so_far),) if last else ()
+        output.extend(engine.step([Slice(tokens, start, pages, draws)])[0])
 
     for start in range(0, len(prompt), CHUNK):
         end = min(start + CHUNK, len(prompt))
         run(prefill, prompt[start:end], start, last=end == len(prompt))
     if decode is not prefill:
         _move(prefill, decode, pages)
-    while len(output) < GREEDY_TOKENS:
-        run(decode, output[-1:], len(prompt) + len(output) - 1, last=True)
+    while len(output) < count:
+        run(decode, [output[-1].token_id], len(prompt) + len(output) - 1, last=True)
     return output
 
 
-def _pages(engine: Engine, tokens: int) -> list[int]:
+def _pages(engine: Engine, other: Engine, tokens: int) -> list[int]:
     """Pages in no order, so that whoever reads them as contiguous is wrong."""
     count = -(-tokens // BLOCK_TOKENS)
+    num_pages = min(engine.spec.num_pages, other.spec.num_pages)
     generator = torch.Generator().manual_seed(count)
-    return torch.randperm(engine.spec.num_pages, generator=generator)[:count].tolist()
+    return torch.randperm(num_pages, generator=generator)[:count].tolist()
 
 
 def _move(source: Engine, target: Engine, pages: Sequence[int]) -> None:

@@ -1,86 +1,53 @@
-"""Two ranks of a family, in two threads. A module of tests names its cases and imports
-`test_two_ranks`.
-"""
+"""A worker of two ranks for one model after another: this process and `rank_1.py`."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from splitserve.engine.factory import EngineConfig, open_engine
+from splitserve.launcher.config import free_ports
 from splitserve.models.config import ModelConfig
 from splitserve.models.planner import ModelPlanner
+from splitserve.parallel.engine import GroupEngine
+from splitserve.parallel.rendezvous import LOOPBACK, ParallelConfig
 from splitserve.parallel.shard import Shard
-from splitserve.weights.checkpoint import open_checkpoint
 from splitserve.weights.source import MatrixSource
 
-from . import parity
-from .parity import Case
 
+class TwoRanks:
+    """Opens workers whose second rank is always the same process."""
 
-def test_two_ranks(case: Case, tmp_path: Path) -> None:
-    """Both have the logits of one alone, and between them they read each weight once."""
-    model = parity.random_model(case.config, seed=len(case.name))
-    path = parity.save(model, tmp_path / "model")
-    config = open_checkpoint(path).config
-    _check_shares(config)
-    tokens = parity.prompt_of(config.vocab_size, seed=4)
-    alone = parity.chunked_logits(parity.open_engine(path, context=case.context), tokens)
-    for logits in _logits_of_ranks(path, case.context, tokens):
-        assert (logits - alone).abs().max() < parity.MAX_LOGIT_ERROR
+    def __init__(self) -> None:
+        self._rank_1 = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("rank_1.py"))],
+            stdin=subprocess.PIPE,
+            text=True,
+        )
 
-
-class ThreadGroup:
-    """See `parallel.group.Group`. Ranks are threads, `shared` has a place for each."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, shared: list[Tensor]) -> None:
-        self.rank = rank
-        self.size = barrier.parties
-        self._barrier = barrier
-        self._shared = shared
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self._exchange(x)).sum(0)
-
-    def all_gather_columns(self, x: Tensor) -> Tensor:
-        return torch.cat(self._exchange(x), dim=1)
-
-    def broadcast(self, x: Tensor) -> Tensor:
-        return self._exchange(x)[0]
+    @contextlib.contextmanager
+    def open(self, config: EngineConfig) -> Iterator[GroupEngine]:
+        """Closes both ranks' parts at the end. Raises what opening raises on either."""
+        [port] = free_ports(1)
+        assert self._rank_1.stdin
+        print(port, file=self._rank_1.stdin, flush=True)
+        engine = open_engine(config, ParallelConfig(2, 0, 1, 0, 2, LOOPBACK, port))
+        try:
+            yield engine
+        finally:
+            engine.close()
 
     def close(self) -> None:
-        pass
-
-    def _exchange(self, x: Tensor) -> list[Tensor]:
-        self._shared[self.rank] = x.clone()
-        self._barrier.wait(timeout=60)
-        everyone = list(self._shared)
-        self._barrier.wait(timeout=60)
-        return everyone
+        self._rank_1.communicate(timeout=10)
 
 
-def _logits_of_ranks(path: Path, context: int, tokens: Sequence[int]) -> list[Tensor]:
-    barrier, shared = threading.Barrier(2), [torch.empty(0)] * 2
-
-    def run(rank: int) -> Tensor:
-        try:
-            group = ThreadGroup(rank, barrier, shared)
-            return parity.chunked_logits(
-                parity.open_engine(path, context=context, group=group), tokens
-            )
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(run, range(2)))
-
-
-def _check_shares(config: ModelConfig) -> None:
+def check_shares(config: ModelConfig) -> None:
     """What both ranks read is a whole tensor, or a KV head that there is only one of."""
     whole = _taken(config, Shard())
     first, second = (_taken(config, Shard(rank, 2)) for rank in range(2))

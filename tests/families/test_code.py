@@ -13,7 +13,6 @@ from splitserve.errors import CheckpointError
 from .checks import test_parity  # noqa: F401
 from .config_json import changed, read, rewritten
 from .parity import Case
-from .ranks import test_two_ranks  # noqa: F401
 
 SMALL = {
     "vocab_size": 99,

@@ -26,7 +26,6 @@ from .checks import test_parity  # noqa: F401
 from .config_json import changed, read, rewritten
 from .parity import Case
 from .published_experts import PUBLISHED
-from .ranks import test_two_ranks  # noqa: F401
 
 SMALL = {
     "vocab_size": 99,

@@ -19,7 +19,6 @@ from transformers import (
 
 from .checks import test_parity  # noqa: F401
 from .parity import Case
-from .ranks import test_two_ranks  # noqa: F401
 
 SMALL = {
     "vocab_size": 99,

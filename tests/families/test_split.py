@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +10,10 @@ from pathlib import Path
 from splitserve import LLM, SamplingParams
 
 from . import parity, split
+from .cases import all_cases
 from .parity import Case
 
-
-def _all_cases() -> list[Case]:
-    """Those of this folder's modules."""
-    found = []
-    for file in sorted(Path(__file__).parent.glob("test_*.py")):
-        if file != Path(__file__):
-            module = importlib.import_module(f".{file.stem}", __package__)
-            found += getattr(module, "CASES", [])
-    return found
-
-
-CASES = _all_cases()
+CASES = all_cases()
 
 
 async def test_split_equals_monolith(case: Case, tmp_path: Path) -> None:

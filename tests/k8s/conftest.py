@@ -115,7 +115,7 @@ def rendered(request: pytest.FixtureRequest) -> Rendered:
     return found
 
 
-@pytest.fixture(params=["cpu_smoke", "gpu"])
+@pytest.fixture(params=["cpu_smoke", "gpu", "gpu_two_nodes"])
 def overlay(request: pytest.FixtureRequest) -> Rendered:
     """Each overlay in turn: what is really deployed."""
     found: Rendered = request.getfixturevalue(request.param)

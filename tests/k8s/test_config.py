@@ -14,7 +14,7 @@ from splitserve.v1 import kvstore_pb2
 
 TIERS = {"router": 50051, "prefill": 50052, "decode": 50053, "kvstore": 50054}
 # Stand-ins for what the cluster fills in.
-FILLED_IN = {"SPLITSERVE_THREADS": "4"}
+FILLED_IN = {"SPLITSERVE_THREADS": "4", "SPLITSERVE_NODE_RANK": "1"}
 
 
 def _config_class(service: str) -> type[ServiceConfig]:

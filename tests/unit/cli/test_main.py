@@ -13,7 +13,7 @@ from splitserve.errors import InvalidRequest, Overloaded
 
 Capture = pytest.CaptureFixture[str]
 
-COMMANDS = ("serve", "generate", "chat", "bench", "models")
+COMMANDS = ("serve", "generate", "chat", "bench", "models", "quantize")
 
 
 def run(*arguments: str) -> int:

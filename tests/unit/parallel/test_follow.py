@@ -69,10 +69,9 @@ def test_two_nodes_compute_and_stop(toy: Any, make_recorded: Any) -> None:
     leads, follows, port = make_recorded(), make_recorded(), free_port()
 
     def act(leader: Leader) -> object:
-        engine, group = toy.open_group(leader, 2, leads.ending, {})
+        engine = toy.open_group(leader, 2, leads.ending, {})
         [[drawn]] = engine.step([Slice([1], 0, [0], [DRAW])])
         engine.close()
-        group.close()
         return drawn.token_id
 
     rank0 = Rank0(leads, port, act)

@@ -31,10 +31,9 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(toy: Any, recorded: Any) -> Iterator[Pair]:
     leader = Leader(TWO, recorded.ending, command=toy.COMMAND, start_timeout_s=30)
-    engine, group = toy.open_group(leader, 2, recorded.ending, {})
+    engine = toy.open_group(leader, 2, recorded.ending, {})
     yield Pair(engine, leader, recorded)
     engine.close()
-    group.close()
     assert recorded.codes == []
     assert not Path(leader.store_folder).exists()
 
@@ -91,3 +90,21 @@ def test_pages_and_steps_run_beside_each_other(pair: Pair) -> None:
     copying.join(10)
     assert not copying.is_alive()
     assert faults == []
+
+
+def test_what_fails_on_rank_0_alone_costs_one_step(pair: Pair, toy: Any) -> None:
+    unlucky = Draw(SamplingParams(), toy.UNLUCKY_SEED, 0, (), ())
+    for _ in range(2):
+        with pytest.raises(ArithmeticError, match="nothing to draw"):
+            pair.engine.step([Slice([1], 0, [0], [unlucky])])
+        reported: list[int] = []
+
+        def layers_done(first: int, end: int, reported: list[int] = reported) -> None:
+            reported.append(first)
+            raise LookupError("nobody to tell")
+
+        with pytest.raises(LookupError, match="nobody to tell"):
+            pair.engine.step([Slice([1], 0, [0], [DRAW])], layers_done)
+        assert reported == [0]
+        [[drawn]] = pair.engine.step([Slice([1], 0, [0], [DRAW])])
+        assert drawn.token_id == 10

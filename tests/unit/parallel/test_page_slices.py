@@ -1,75 +1,82 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from splitserve.kv.page_shape import PageShape
 from splitserve.parallel.page_slices import PageSlices
 from splitserve.parallel.shard import Shard
 
+SIZES = st.sampled_from([1, 2, 4, 8])
 GEOMETRIES = st.builds(
     PageSlices,
-    block_tokens=st.sampled_from([1, 3, 16]),
-    num_kv_heads=st.sampled_from([1, 2, 4, 8]),
-    head_bytes=st.sampled_from([1, 6, 64]),
-    size=st.sampled_from([1, 2, 4, 8]),
+    st.builds(
+        PageShape,
+        num_layers=st.integers(1, 3),
+        block_tokens=st.sampled_from([1, 3, 16]),
+        num_kv_heads=st.sampled_from([1, 2, 4, 8]),
+        head_dim=st.sampled_from([1, 6, 32]),
+        dtype=st.sampled_from(["float32", "bfloat16", "fp8", "int8"]),
+    ),
+    SIZES,
 )
 
 
-def page(slices: PageSlices, layers: int, seed: int = 0) -> NDArray[np.uint8]:
-    shape = (layers, 2, slices.block_tokens, slices.num_kv_heads, slices.head_bytes)
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+def content(slices: PageSlices) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, slices.page.page_bytes, np.uint8)
 
 
-def flat(array: NDArray[np.uint8]) -> memoryview:
-    return memoryview(array.reshape(-1))
+def rank_part(slices: PageSlices) -> NDArray[np.uint8]:
+    return np.zeros(slices.rank_page.page_bytes, np.uint8)
 
 
-@given(GEOMETRIES, st.integers(1, 3))
-def test_a_rank_gets_its_heads(slices: PageSlices, layers: int) -> None:
-    canonical = page(slices, layers)
+def heads_of(slices: PageSlices, rank: int, canonical: NDArray[np.uint8]) -> bytes:
+    """A rank's page, put together head by head."""
+    page, found, start = slices.page, b"", 0
+    heads = Shard(rank, slices.size).kv_heads(page.num_kv_heads)
+    for _ in range(page.num_layers):
+        for width in page.sections:
+            for _ in range(page.block_tokens):
+                for head in range(page.num_kv_heads):
+                    if head in heads:
+                        found += canonical[start : start + width].tobytes()
+                    start += width
+    return found
+
+
+@given(GEOMETRIES)
+def test_a_rank_gets_its_heads(slices: PageSlices) -> None:
+    canonical = content(slices)
     for rank in range(slices.size):
-        part = np.zeros(layers * slices.rank_layer_bytes, np.uint8)
-        slices.scatter(rank, flat(canonical), flat(part))
-        heads = Shard(rank, slices.size).kv_heads(slices.num_kv_heads)
-        expected = canonical[:, :, :, heads.start : heads.stop]
-        assert part.tobytes() == expected.tobytes()
+        part = rank_part(slices)
+        slices.scatter(rank, memoryview(canonical), memoryview(part))
+        assert part.tobytes() == heads_of(slices, rank, canonical)
 
 
-@given(GEOMETRIES, st.integers(1, 3))
-def test_the_owners_parts_are_the_whole_page(slices: PageSlices, layers: int) -> None:
-    canonical = page(slices, layers)
-    restored = np.zeros_like(canonical)
-    for rank in slices.owners:
-        part = np.zeros(layers * slices.rank_layer_bytes, np.uint8)
-        slices.scatter(rank, flat(canonical), flat(part))
-        slices.gather(rank, flat(part), flat(restored))
-    assert (restored == canonical).all()
-    assert len(slices.owners) * slices.rank_layer_bytes == slices.layer_bytes
-
-
-@given(GEOMETRIES, GEOMETRIES, st.integers(1, 2))
-def test_another_size_reads_what_one_size_wrote(
-    writer: PageSlices, reader: PageSlices, layers: int
-) -> None:
-    reader = PageSlices(writer.block_tokens, writer.num_kv_heads, writer.head_bytes, reader.size)
-    canonical = page(writer, layers)
+@given(GEOMETRIES, SIZES)
+def test_another_size_reads_what_one_size_wrote(writer: PageSlices, reading: int) -> None:
+    reader = replace(writer, size=reading)
+    canonical = content(writer)
     sent = np.zeros_like(canonical)
     for rank in writer.owners:
-        part = np.zeros(layers * writer.rank_layer_bytes, np.uint8)
-        writer.scatter(rank, flat(canonical), flat(part))
-        writer.gather(rank, flat(part), flat(sent))
+        part = rank_part(writer)
+        writer.scatter(rank, memoryview(canonical), memoryview(part))
+        writer.gather(rank, memoryview(part), memoryview(sent))
+    assert (sent == canonical).all()
+    assert len(writer.owners) * writer.rank_layer_bytes == writer.page.layer_bytes
     for rank in range(reader.size):
-        part = np.zeros(layers * reader.rank_layer_bytes, np.uint8)
-        reader.scatter(rank, flat(sent), flat(part))
-        heads = Shard(rank, reader.size).kv_heads(reader.num_kv_heads)
-        assert part.tobytes() == canonical[:, :, :, heads.start : heads.stop].tobytes()
+        part = rank_part(reader)
+        reader.scatter(rank, memoryview(sent), memoryview(part))
+        assert part.tobytes() == heads_of(reader, rank, canonical)
 
 
 @pytest.mark.parametrize(("canonical", "part"), [(63, 32), (64, 31), (64, 64), (128, 32)])
 def test_wrong_lengths_are_refused(canonical: int, part: int) -> None:
-    slices = PageSlices(block_tokens=2, num_kv_heads=2, head_bytes=8, size=2)
+    slices = PageSlices(PageShape(1, 2, 2, 4, "bfloat16"), size=2)
     with pytest.raises(ValueError, match="are not the same layers"):
         slices.scatter(0, memoryview(bytearray(canonical)), memoryview(bytearray(part)))

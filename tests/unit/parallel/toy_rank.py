@@ -15,6 +15,7 @@ import torch
 
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.errors import CheckpointError
+from splitserve.kv.page_shape import PageShape
 from splitserve.obs.logging import setup_logging
 from splitserve.parallel.ending import Ending
 from splitserve.parallel.engine import GroupEngine
@@ -27,11 +28,12 @@ from splitserve.parallel.page_slices import PageSlices
 from splitserve.parallel.rendezvous import LOOPBACK, ParallelConfig
 
 COMMAND = (sys.executable, __file__)
-NUM_LAYERS, NUM_PAGES, BLOCK_TOKENS, NUM_KV_HEADS, HEAD_BYTES = 3, 4, 2, 6, 8
+NUM_LAYERS, NUM_PAGES, BLOCK_TOKENS, NUM_KV_HEADS = 3, 4, 2, 6
+UNLUCKY_SEED = 13
 
 
 def page_slices(size: int) -> PageSlices:
-    return PageSlices(BLOCK_TOKENS, NUM_KV_HEADS, HEAD_BYTES, size)
+    return PageSlices(PageShape(NUM_LAYERS, BLOCK_TOKENS, NUM_KV_HEADS, 4, "bfloat16"), size)
 
 
 def group_spec() -> EngineSpec:
@@ -43,7 +45,7 @@ def group_spec() -> EngineSpec:
         num_layers=NUM_LAYERS,
         layer_group=1,
         block_tokens=BLOCK_TOKENS,
-        block_bytes=NUM_LAYERS * page_slices(1).layer_bytes,
+        block_bytes=page_slices(1).page.page_bytes,
         num_pages=NUM_PAGES,
     )
 
@@ -52,26 +54,30 @@ class ToyEngine:
     def __init__(self, group: Group, plan: dict[str, Any] | None = None) -> None:
         self.spec = group_spec()
         self.group = group
-        self.rank_layer_bytes = page_slices(group.size).rank_layer_bytes
         self._fails = bool(plan and plan.get("fails_in_step"))
-        self._pool = np.zeros((NUM_PAGES, NUM_LAYERS, self.rank_layer_bytes), np.uint8)
+        shape = (NUM_PAGES, NUM_LAYERS, page_slices(group.size).rank_layer_bytes)
+        self._pool = np.zeros(shape, np.uint8)
 
-    def follow(self, slices: Sequence[Slice]) -> None:
+    def compute(
+        self, slices: Sequence[Slice], layers_done: LayersDone | None = None
+    ) -> torch.Tensor:
+        """Of each slice the sum of ranks + 1 over all layers plus its token ids."""
         if self._fails:
             raise ArithmeticError("no more numbers")
-        self.step(slices)
-
-    def step(
-        self, slices: Sequence[Slice], layers_done: LayersDone | None = None
-    ) -> list[list[DrawnToken]]:
-        """Draws, of each slice, the sum of ranks + 1 over all layers plus its token ids."""
         rows = torch.tensor([sum(part.token_ids) for part in slices], dtype=torch.float32)
         total = torch.zeros_like(rows)
-        for _ in range(NUM_LAYERS):
+        for layer in range(NUM_LAYERS):
             total += self.group.all_reduce(torch.full_like(rows, self.group.rank + 1.0))
-        drawn = (total + rows).int().tolist()
+            if layers_done:
+                layers_done(layer, layer + 1)
+        return total + rows
+
+    def draw(self, logits: torch.Tensor, slices: Sequence[Slice]) -> list[list[DrawnToken]]:
+        if any(draw.seed == UNLUCKY_SEED for part in slices for draw in part.draws):
+            raise ArithmeticError("nothing to draw")
         return [
-            [DrawnToken(token)] * len(part.draws) for token, part in zip(drawn, slices, strict=True)
+            [DrawnToken(token)] * len(part.draws)
+            for token, part in zip(logits.int().tolist(), slices, strict=True)
         ]
 
     def export_page(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
@@ -79,9 +85,6 @@ class ToyEngine:
 
     def insert_page(self, page: int, content: memoryview) -> None:
         self._pool[page] = np.frombuffer(content, np.uint8).reshape(self._pool[page].shape)
-
-    def describe(self) -> dict[str, Any]:
-        return {"num_pages": NUM_PAGES, "rank": self.group.rank}
 
     def close(self) -> None:
         self.group.close()
@@ -95,14 +98,12 @@ def open_rank(membership: Membership) -> ToyEngine:
     return ToyEngine(group, membership.plan)
 
 
-def open_group(
-    leader: Leader, size: int, ending: Ending, plan: dict[str, Any]
-) -> tuple[GroupEngine, Group]:
+def open_group(leader: Leader, size: int, ending: Ending, plan: dict[str, Any]) -> GroupEngine:
     leader.assemble(plan)
     group = GlooGroup(leader.store, 0, size, ending, host=LOOPBACK)
     leader.await_ready()
     own = ToyEngine(group)
-    return GroupEngine(own, group_spec(), leader, page_slices(size), ending), group
+    return GroupEngine(own, leader, page_slices(size), ending)
 
 
 def lead(size: int) -> None:
@@ -110,7 +111,7 @@ def lead(size: int) -> None:
     ending = Ending()
     config = ParallelConfig(size, local_size=size, starts_ranks=True)
     leader = Leader(config, ending, command=COMMAND, start_timeout_s=30)
-    engine, _ = open_group(leader, size, ending, {})
+    engine = open_group(leader, size, ending, {})
     print(*leader.pids.values(), flush=True)
     while True:
         engine.step([Slice([1], 0, [0], [])])

@@ -12,8 +12,13 @@ from torch import Tensor
 from splitserve.quant.linear import make_quantized_linear
 from splitserve.quant.matrix import CodeKind, QuantizedMatrix
 from splitserve.quant.quantizers import quantize_fp8, quantize_int4, quantize_int8
+from splitserve.quant.slab_linear import fp8_as_half
+from splitserve.quant.vnni import linear as vnni
+from splitserve.quant.vnni.jit import omp_calls
+from splitserve.quant.vnni.linear import VnniLinear
 
 CPU = torch.device("cpu")
+HAS_JIT = omp_calls() is not None
 SHAPES = [(7, 33), (24, 64), (80, 576), (130, 96)]
 
 
@@ -22,6 +27,17 @@ def generator() -> torch.Generator:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=["jit", "library"], autouse=True)
+def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With code made for the processor, and with what torch has everywhere."""
+    if request.param == "library":
+        monkeypatch.setattr(vnni, "omp_calls", lambda: None)
+    elif not HAS_JIT:
+        pytest.skip("no AVX512-VNNI and AVX512-BF16, or no llvmlite")
+    name: str = request.param
+    return name
 
 
 def made(kind: CodeKind, shape: tuple[int, int], generator: torch.Generator) -> QuantizedMatrix:
@@ -101,15 +117,16 @@ def test_rounded_inputs(kind: CodeKind, fixed: bool, generator: torch.Generator)
     matrix = made(kind, (48, 96), generator)
     scale = (4.5 / 448 if kind == "fp8" else 4.5 / 127) if fixed else None
     matrix = replace(matrix, quantizes_input=True, input_scale=scale)
-    product = make_quantized_linear(matrix, None, torch.float32, CPU)
-    x = torch.randn(9, 96, generator=generator)
+    x = torch.randn(9, 96, generator=generator).bfloat16().float()
     most = 448.0 if kind == "fp8" else 127.0
     step = scale or x.abs().amax(1, keepdim=True) / most
     codes = (x / step).clamp(-most, most)
     codes = codes.to(torch.float8_e4m3fn).float() if kind == "fp8" else codes.round()
     wanted = (codes * step) @ matrix.dequantize(torch.float32).T
     # A code on the edge of two may be rounded either way.
-    assert (product(x) - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+    for dtype in (torch.float32, torch.bfloat16):
+        out = make_quantized_linear(matrix, None, dtype, CPU)(x.to(dtype))
+        assert (out.float() - wanted).abs().max() <= 2e-2 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("quantizes_input", [False, True])
@@ -123,6 +140,71 @@ def test_a_row_depends_on_itself_alone(
     other = torch.randn(16, 64, generator=generator).bfloat16() * 50
     other[3] = x[5]
     assert torch.equal(product(x)[5], product(other)[3])
+
+
+@pytest.mark.parametrize("quantizes_input", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_made_code_gives_a_row_the_same_bits_in_any_batch(
+    kind: CodeKind, quantizes_input: bool, code: str, generator: torch.Generator
+) -> None:
+    if code != "jit":
+        pytest.skip("libraries choose kernels by the number of rows")
+    rounds = quantizes_input and kind != "fp8"
+    matrix = replace(made(kind, (96, 128), generator), quantizes_input=rounds)
+    product = VnniLinear(matrix, None)
+    x = torch.randn(23, 128, generator=generator).bfloat16()
+    alone = torch.cat([product(row[None]) for row in x])
+    for count in range(1, 24):
+        assert torch.equal(product(x[:count]), alone[:count])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_made_code_is_used_where_it_can_be(kind: CodeKind, code: str) -> None:
+    matrix = made(kind, (32, 64), torch.Generator())
+    product = make_quantized_linear(matrix, None, torch.bfloat16, CPU)
+    assert isinstance(product, VnniLinear) == (code == "jit")
+
+
+def test_made_code_refuses_other_inputs(code: str) -> None:
+    if code != "jit":
+        pytest.skip("torch checks shapes itself")
+    product = VnniLinear(quantize_int8(torch.ones(32, 64)), None)
+    with pytest.raises(ValueError, match="64 bf16 numbers a row"):
+        product(torch.ones(1, 32, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"not torch\.float32"):
+        product(torch.ones(1, 64))
+
+
+def test_inputs_need_not_be_contiguous_and_may_be_none(generator: torch.Generator) -> None:
+    x = torch.randn(64, 3, generator=generator).bfloat16()
+    for kind in ("int8", "int4", "fp8"):
+        matrix = made(kind, (32, 64), generator)
+        product = make_quantized_linear(matrix, None, torch.bfloat16, CPU)
+        assert torch.equal(product(x.T), product(x.T.contiguous()))
+        assert product(x.T[:0]).shape == (0, 32)
+
+
+def test_inputs_that_are_not_finite_stay_in_their_row(generator: torch.Generator) -> None:
+    for kind in ("int8", "int4", "fp8"):
+        product = make_quantized_linear(made(kind, (32, 64), generator), None, torch.bfloat16, CPU)
+        x = torch.randn(3, 64, generator=generator).bfloat16()
+        good = product(x)
+        x[1, 7] = float("nan")
+        bad = product(x)
+        assert bad[1].isnan().all()
+        assert torch.equal(bad[[0, 2]], good[[0, 2]])
+
+
+def test_every_fp8_code_keeps_its_value() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 127) != 127].view(torch.float8_e4m3fn)  # the rest are not numbers
+    wanted = codes.float()
+    assert torch.equal(fp8_as_half(codes).float() * 256, wanted)
+    matrix = QuantizedMatrix("fp8", codes[:, None].expand(-1, 16).contiguous(), torch.ones(254, 1))
+    x = torch.zeros(1, 16, dtype=torch.bfloat16)
+    x[0, 3] = 1.0
+    product = make_quantized_linear(matrix, None, torch.bfloat16, CPU)
+    assert torch.equal(product(x)[0].float(), wanted)
 
 
 def test_zero_inputs_give_the_bias(generator: torch.Generator) -> None:

@@ -1,0 +1,44 @@
+"""Products of codes on a GPU against the widened weight."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from splitserve.quant.linear import make_quantized_linear
+from splitserve.quant.matrix import QuantizedMatrix
+from splitserve.quant.quantizers import quantize_fp8, quantize_int4, quantize_int8
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (7, 33), (4096, 1024)])
+@pytest.mark.parametrize("kind", ["int8", "int8-int8", "int8-fixed", "int4", "fp8", "fp8-fixed"])
+def test_a_product_is_that_of_the_widened_weight(kind: str, shape: tuple[int, int]) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    matrix: QuantizedMatrix
+    if kind.startswith("int8"):
+        matrix = replace(quantize_int8(weight), quantizes_input=kind != "int8")
+    elif kind.startswith("fp8"):
+        matrix = replace(quantize_fp8(weight), quantizes_input=True)
+    else:
+        matrix = quantize_int4(weight, 32 if shape[1] % 32 == 0 else shape[1])
+    if kind.endswith("fixed"):
+        matrix = replace(matrix, input_scale=6.0 / (127 if kind.startswith("int8") else 448))
+    bias = torch.randn(shape[0], generator=generator)
+    product = make_quantized_linear(matrix, bias, torch.bfloat16, torch.device("cuda"))
+    wide = matrix.dequantize(torch.float32)
+    for rows in (1, 3, 16, 17, 40, 512):
+        x = torch.randn(rows, shape[1], generator=generator).bfloat16()
+        wanted = x.float() @ wide.T + bias
+        out = product(x.cuda())
+        assert out.dtype is torch.bfloat16
+        # e4m3 inputs keep four bits, int8 ones seven; sums average the rounding out.
+        most = 5e-2 if kind.startswith("fp8") or "-" in kind else 2e-2
+        assert (out.float().cpu() - wanted).abs().max() <= most * wanted.abs().max()
