@@ -81,14 +81,14 @@ def perplexity(config: EngineConfig, texts: list[list[int]], name: str) -> tuple
     return math.exp(total / count), load_s
 
 
-def measure(model: Path, names: list[str], count: int, device: str) -> list[Row]:
+def measure(model: Path, names: list[str], count: int, device: str, *, shuffled: bool) -> list[Row]:
     texts = windows(Tokenizer.from_checkpoint(model), count)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
-        shuffled = write_shuffled(model, Path(directory))
+        path = write_shuffled(model, Path(directory), shuffled=shuffled)
         for name in names:
             settings = {"device": device, "pool_bytes": POOL_BYTES, **SETTINGS[name]}
-            value, load_s = perplexity(EngineConfig(model=str(shuffled), **settings), texts, name)
+            value, load_s = perplexity(EngineConfig(model=str(path), **settings), texts, name)
             change = 100 * (value / rows[0].perplexity - 1) if rows else 0.0
             rows.append(Row(name, value, change, LIMITS.get(name), load_s))
             print(rows[-1], flush=True)
@@ -103,12 +103,22 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--as-stored", action="store_true", help="leave channels where 4 bits once put them"
+    )
     parser.add_argument("--json", type=Path, help="write machine and rows here")
     options = parser.parse_args()
-    rows = measure(options.model, options.settings, options.windows, options.device)
+    rows = measure(
+        options.model,
+        options.settings,
+        options.windows,
+        options.device,
+        shuffled=not options.as_stored,
+    )
     if options.json:
         document = {
             "machine": describe_machine(),
+            "shuffled": not options.as_stored,
             "tokens": options.windows * (WINDOW - 1),
             "rows": [asdict(row) for row in rows],
         }

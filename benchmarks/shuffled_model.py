@@ -22,10 +22,13 @@ from splitserve.weights.gguf_tokenizer import build_gguf_tokenizer
 from splitserve.weights.source import MatrixSource, TensorSource
 
 
-def write_shuffled(model: Path, directory: Path, seed: int = 0) -> Path:
-    """A Hugging Face directory from a GGUF file of a Llama with a tied embedding."""
+def write_shuffled(model: Path, directory: Path, *, shuffled: bool = True) -> Path:
+    """A Hugging Face directory from a GGUF file of a Llama with a tied embedding.
+
+    Not `shuffled`, channels stay where they are: only to show what that hides.
+    """
     checkpoint = open_checkpoint(model)
-    shuffle = _Shuffle(checkpoint, seed)
+    shuffle = _Shuffle(checkpoint, shuffled)
     tensors = {name: shuffle.tensor(name) for name in checkpoint.tensor_names()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors")
@@ -40,14 +43,18 @@ class _Shuffle:
     value channels within the head.
     """
 
-    def __init__(self, checkpoint: Checkpoint, seed: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, shuffled: bool) -> None:
         config = checkpoint.config
         assert config.mlp is not None
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
+
+        def order(size: int) -> Tensor:
+            return torch.randperm(size, generator=generator) if shuffled else torch.arange(size)
+
         self._checkpoint = checkpoint
-        self._hidden = torch.randperm(config.hidden_size, generator=generator)
-        self._inner = torch.randperm(config.mlp.size, generator=generator)
-        self._head = torch.randperm(config.attention.head_dim, generator=generator)
+        self._hidden = order(config.hidden_size)
+        self._inner = order(config.mlp.size)
+        self._head = order(config.attention.head_dim)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in bf16."""

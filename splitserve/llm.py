@@ -55,7 +55,8 @@ class LLM:
     `quantization` quantises plain weights while they are loaded (fp8, int8, int8-smooth, int4 or
     int4-awq)
     and `kv_dtype` keys and values (fp8 or int8). `tensor_parallel_size` shares the model out
-    over so many processes, or GPUs.
+    over so many processes, on GPUs one each; `pool_bytes` and `threads` are each one's. They end
+    with this object, and if one of them dies, this process ends with one line that says so.
 
     Raises `CheckpointError` or `ConfigError`, one line that says what is wrong.
     """

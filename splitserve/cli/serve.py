@@ -132,8 +132,8 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--deterministic", action="store_true", help="the same bits in any batch and topology"
     )
-    group.add_argument("--threads", type=int, metavar="N", help="of each worker")
-    group.add_argument("--pool-bytes", type=positive, metavar="N", help="KV pool of each worker")
+    group.add_argument("--threads", type=int, metavar="N", help="of each rank")
+    group.add_argument("--pool-bytes", type=positive, metavar="N", help="KV pool of each rank")
     group.add_argument("--max-batch", type=positive, metavar="N", help="sequences in one step")
     group.add_argument("--max-step-tokens", type=positive, metavar="N", help="tokens in one step")
     group.add_argument("--max-context-tokens", type=positive, metavar="N", help="longest context")

@@ -6,7 +6,9 @@ multicast objects can leave the GPUs of a host unusable for everybody on it.
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 from datetime import timedelta
 
 import torch
@@ -17,11 +19,15 @@ from torch._C._distributed_c10d import Store
 from splitserve.parallel.ending import Ending
 
 TIMEOUT_S = 60.0
+LEAVE_S = 5.0
 ONE_SHOT_BYTES = 512 << 10
 """Above, every rank reading every other's whole message costs more than NCCL's ring."""
 
 _ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)
 _ALIGNMENT_BYTES = 16
+# Symmetric memory numbers its meetings by process: only the first group of a process can meet ranks
+# that are new. A later one, of a second `LLM`, does with NCCL.
+_OPENINGS = itertools.count()
 
 
 class CudaGroup:
@@ -83,9 +89,15 @@ class CudaGroup:
         return x
 
     def close(self) -> None:
-        """See `Group.close`."""
+        """See `Group.close`.
+
+        NCCL's way out returns once all ranks take it, and never if one is gone: it is waited for
+        no longer than that may take.
+        """
         self._one_shot = None
-        dist.destroy_process_group()
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_S)
 
     def _sum_in_rank_order(self, x: Tensor) -> Tensor:
         parts = self._gather(x)
@@ -132,7 +144,7 @@ def _open_one_shot(device: torch.device) -> _OneShot | None:
     import torch.distributed._symmetric_memory as symmetric
 
     world = dist.group.WORLD
-    if world is None:
+    if world is None or not _all(device, next(_OPENINGS) == 0):
         return None
     buffers = {}
     try:
@@ -144,9 +156,14 @@ def _open_one_shot(device: torch.device) -> _OneShot | None:
         works = hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy")
     except (RuntimeError, AttributeError):
         works = False
-    votes = torch.tensor(int(works), device=device)
+    return one_shot if _all(device, works) else None
+
+
+def _all(device: torch.device, vote: bool) -> bool:
+    """Whether all ranks say yes."""
+    votes = torch.tensor(int(vote), device=device)
     dist.all_reduce(votes, dist.ReduceOp.MIN)
-    return one_shot if int(votes) else None
+    return bool(votes)
 
 
 def _keep_multicast_off() -> None:

@@ -61,8 +61,10 @@ class GroupEngine:
 
     def close(self) -> None:
         """Stop the other ranks. No method may be called after."""
-        self._leader.close()
+        self._leader.dismiss()
+        # Leaving a group may need all ranks at once (NCCL), so before waiting for them.
         self._own.close()
+        self._leader.close()
 
 
 class _Report:

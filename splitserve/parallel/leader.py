@@ -124,8 +124,8 @@ class Leader:
             except LinkClosed as error:
                 self._ending.lost("sending a step", error)
 
-    def close(self) -> None:
-        """Stop all ranks and wait for those of this node. Can be called again."""
+    def dismiss(self) -> None:
+        """Tell all ranks to stop, and do not wait for it."""
         self._ending.expect()
         for links in self._links.values():
             try:
@@ -134,6 +134,10 @@ class Leader:
                 links.commands.send(Kind.STOP)
             except LinkClosed:
                 _log.debug("a rank was gone before it was stopped")
+
+    def close(self) -> None:
+        """Stop all ranks and wait for those of this node. Can be called again."""
+        self.dismiss()
         if self._children:
             self._children.stop()
         for links in self._links.values():

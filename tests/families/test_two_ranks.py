@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from splitserve.engine.factory import open_engine
-from splitserve.engine.protocol import DrawnToken
+from splitserve.engine.protocol import Draw, DrawnToken, Slice
 from splitserve.errors import CheckpointError
 from splitserve.weights.checkpoint import open_checkpoint
 
@@ -78,13 +78,20 @@ def test_rounded_on_two_ranks(
         _check_same(parity.drawn(both, both, prompt, PARAMS, count), expected, error)
 
 
-def test_sums_over_other_ranks_are_other_bits(two_ranks: TwoRanks, tmp_path: Path) -> None:
-    """In deterministic mode KV is not shared between groups of different sizes."""
+def test_deterministic_on_two_ranks(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    """The same bits in any batch; but not those of one rank, which does not get the KV."""
     case = CASES[0]
     path = parity.save(parity.random_model(case.config, seed=3), tmp_path / "model")
     config = replace(parity.engine_config(path, case.context), deterministic=True)
+    prompt, other = (parity.prompt_of(case.config.vocab_size, seed=seed) for seed in (3, 4))
+    draws = (Draw(PARAMS, 0, 0, prompt, ()),)
     with two_ranks.open(config) as both:
         assert both.spec.fingerprint != open_engine(config).spec.fingerprint
+        [alone] = both.step([Slice(prompt, 0, range(16), draws)])
+        both.step([Slice(prompt[:40], 0, range(16), ())])
+        neighbour = Slice(other, 0, range(16, 32), ())
+        _, beside = both.step([neighbour, Slice(prompt[40:], 40, range(16), draws)])
+        assert beside == alone
 
 
 def test_what_rank_1_cannot_open_is_raised_here(two_ranks: TwoRanks, tmp_path: Path) -> None:

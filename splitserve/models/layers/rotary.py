@@ -12,7 +12,11 @@ from splitserve.models.rope import RopeConfig
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines of a step's rows, each (rows, 1, dims)."""
+    """Cosines and sines of a step's rows, each (rows, 1, dims).
+
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin). `sin` has the first one's sign already,
+    so that turning is one product and one sum with the pairs' members swapped.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -33,14 +37,14 @@ class Rotary:
     def rotation(self, positions: Tensor) -> Rotation:
         """For (rows,) positions; the angles in fp32."""
         angles = positions[:, None].float() * self._inverse
-        if self._interleaved:
-            angles = angles.repeat_interleave(2, dim=-1)[:, None]
-        else:
-            angles = torch.cat((angles, angles), dim=-1)[:, None]
         cos, sin = angles.cos(), angles.sin()
+        if self._interleaved:
+            cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), -1).flatten(-2)
+        else:
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         if self._factor != 1.0:
             cos, sin = cos * self._factor, sin * self._factor
-        return Rotation(cos.to(self._dtype), sin.to(self._dtype))
+        return Rotation(cos[:, None].to(self._dtype), sin[:, None].to(self._dtype))
 
     def turn(self, x: Tensor, rotation: Rotation) -> Tensor:
         """(rows, heads, head_dim), of which the first `dims` dimensions are turned."""
@@ -51,9 +55,7 @@ class Rotary:
 
     def _turn(self, x: Tensor, rotation: Rotation) -> Tensor:
         if self._interleaved:
-            first, second = x[..., ::2], x[..., 1::2]
-            across = torch.stack((-second, first), dim=-1).flatten(-2)
+            swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # type: ignore[no-untyped-call]
         else:
-            first, second = x.chunk(2, dim=-1)
-            across = torch.cat((-second, first), dim=-1)
-        return x * rotation.cos + across * rotation.sin
+            swapped = x.roll(self._dims // 2, dims=-1)
+        return torch.addcmul(x * rotation.cos, swapped, rotation.sin)
