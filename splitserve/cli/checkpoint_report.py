@@ -69,7 +69,7 @@ def inspect(path: Path, workload: Workload) -> CheckpointReport:
         config = checkpoint.config
         tensors = _stored_tensors(path)
         context = workload.context or config.max_context_tokens
-        need = footprint(config, replace(workload, context=context))
+        need = footprint(checkpoint, replace(workload, context=context))
         check_weights(checkpoint, workload.ranks)
     except (CheckpointError, ConfigError) as error:
         return CheckpointReport(str(path), loads=False, problem=error.message)

@@ -26,6 +26,11 @@ from splitserve.tokenizer import Tokenizer
 
 Show = Callable[[Iterator[OutputDelta]], None]
 
+_WITH_MODEL = (
+    *("dtype", "device", "deterministic", "skip_tokenizer_init"),
+    *("quantization", "kv_dtype", "tensor_parallel_size"),
+)
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the subcommand."""
@@ -47,8 +52,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--model-name", default="", help="which of the suite's models (default: the only one)"
     )
-    parser.add_argument("--dtype", default="auto", help="with --model: data type of the weights")
-    parser.add_argument("--device", default="cpu", help="with --model: cpu or cuda")
+    parser.add_argument("--dtype", help="with --model: data type of the weights")
+    parser.add_argument("--device", help="with --model: cpu or cuda")
     parser.add_argument(
         "--deterministic", action="store_true", help="with --model: the same bits in any batch"
     )
@@ -85,6 +90,10 @@ def _prompt(options: argparse.Namespace) -> Prompt:
 
 
 def _on_suite(options: argparse.Namespace, prompt: Prompt, show: Show) -> None:
+    for name in _WITH_MODEL:
+        if getattr(options, name) not in (None, False):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} goes with --model; a suite has its own settings")
     with open_client(options) as client:
         deltas = client.stream(
             prompt, sampling_params(options), model=options.model_name, timeout=options.timeout
@@ -99,8 +108,8 @@ def _in_process(options: argparse.Namespace, prompt: Prompt, show: Show) -> None
 
     with LLM(
         options.model,
-        device=options.device,
-        dtype=options.dtype,
+        device=options.device or "cpu",
+        dtype=options.dtype or "auto",
         deterministic=options.deterministic,
         skip_tokenizer_init=options.skip_tokenizer_init,
         show_progress=sys.stderr.isatty(),

@@ -162,8 +162,8 @@ class QuantizedPageMemory:
         return select(key_codes, key_scales), select(value_codes, value_scales)
 
     def _scale(self, source: Tensor) -> Tensor:
-        """(tokens, heads, 1) bfloat16: that of least squared error among several, from the least
-        one that loses no range up to twice it.
+        """(tokens, heads, 1) bfloat16: that of least squared error among several, from the one
+        that fits the largest value (rounded: it may be cut by 0.4%) up to twice it.
         """
         tried = self._tried
         least = source.abs().amax(-1, keepdim=True) / self._most

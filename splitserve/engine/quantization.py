@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +66,21 @@ def quantizing(
     group_size = 1 if quantization == "int8-smooth" else _INT4_GROUP
     projection = _checking(group_size, calibration.projection)
     return replace(products, projection=projection, unembedding=unembedding), [calibration]
+
+
+def recipe(quantization: Quantization, model: str, ranks: int) -> str:
+    """Names what the weights become besides what the checkpoint says, for fingerprints.
+
+    A scale of a row, or one chosen by what a layer saw, is made of the columns that a rank has:
+    over another number of ranks it is another. Groups of 4 bits are the same in any part. The
+    text may be another in another version of Python.
+    """
+    if quantization in ("none", "int4"):
+        return quantization
+    name = f"{quantization} over {ranks}"
+    if quantization in _CALIBRATED:
+        name += " " + hashlib.sha256(repr(_texts(model)).encode()).hexdigest()
+    return name
 
 
 def rounds_unembedding(quantization: Quantization) -> bool:
@@ -140,7 +155,9 @@ def _texts(model: str) -> Sequence[Sequence[int]]:
         raise ConfigError(
             f"int8-smooth and int4-awq run the model on text while loading it: {error.message}"
         ) from error
-    topics = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    import pydoc_data.topics as text  # of 700 KB, which others need not load
+
+    topics = "\n".join(text.topics[name] for name in sorted(text.topics))
     tokens = tokenizer.encode(topics[-_TEXT_TOKENS * 16 :])[:_TEXT_TOKENS]
     config = read_config(model)
     if not tokens or max(tokens) >= config.vocab_size:

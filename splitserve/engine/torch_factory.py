@@ -13,7 +13,7 @@ from splitserve.engine.attention import Attention, BatchedAttention, RowwiseAtte
 from splitserve.engine.factory import EngineConfig, layout_fingerprint, pages_in
 from splitserve.engine.page_memory import PageMemory, PlainPageMemory, open_page_memory
 from splitserve.engine.protocol import EngineSpec
-from splitserve.engine.quantization import quantizing
+from splitserve.engine.quantization import quantizing, recipe
 from splitserve.engine.torch_engine import TorchEngine
 from splitserve.errors import ConfigError
 from splitserve.kv.page_shape import KvDtype, PageShape
@@ -76,7 +76,8 @@ def _spec(
     config: EngineConfig, shape: ModelConfig, identity: bytes, ranks: int, num_pages: int
 ) -> EngineSpec:
     """The worker's: its pages have all KV heads. Groups of any size understand each other's KV,
-    but in deterministic mode: sums over another number of ranks have other bits.
+    but in deterministic mode, where sums over another number of ranks have other bits, and where
+    weights were quantised by what a rank has of them.
     """
     page = page_shape(config, shape)
     deterministic = f"over {ranks}" if config.deterministic else "no"
@@ -84,7 +85,8 @@ def _spec(
     if config.max_context_tokens:
         context = min(context, config.max_context_tokens)
     ropes = sorted(repr(rope) for rope in _frequencies(shape, context))
-    geometry = f"{parse_dtype(config.dtype)} {page} {config.quantization} {deterministic} {ropes}"
+    weights = recipe(config.quantization, config.model, ranks)
+    geometry = f"{parse_dtype(config.dtype)} {page} {weights} {deterministic} {ropes}"
     return EngineSpec(
         fingerprint=layout_fingerprint(identity, geometry),
         vocab_size=shape.vocab_size,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from splitserve.errors import CheckpointError
-from splitserve.models.limits import check_count, check_positive
+from splitserve.models.limits import check_bound, check_count, check_positive
 from splitserve.models.names import Names
 from splitserve.models.rope import MOST_CONTEXT, RopeConfig
 
@@ -89,7 +89,7 @@ class AttentionConfig:
         for name in ("soft_cap", "clip_qkv", "alibi_scale", "alibi_bias_max"):
             value = getattr(self, name)
             if value is not None:
-                check_positive(name, value)
+                check_bound(name, value)
         if self.scale:
             check_positive("the attention scale", self.scale)
         else:
@@ -122,7 +122,7 @@ class MlpConfig:
 
     def __post_init__(self) -> None:
         check_count("intermediate_size", self.size, _MOST_INNER)
-        check_positive("swiglu_limit", self.limit)
+        check_bound("swiglu_limit", self.limit)
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,10 @@ class ModelConfig:
         check_count("num_layers", len(self.layers), _MOST_LAYERS)
         if self.embedding_size:
             check_count("embedding_size", self.embedding_size, MOST_WIDTH)
+        check_bound("the scale of embeddings", self.embedding_scale)
+        check_bound("logit_scale", self.logit_scale)
+        if self.logit_soft_cap is not None:
+            check_bound("final_logit_softcapping", self.logit_soft_cap)
         self._check_layers()
         self._check_token_ids()
 

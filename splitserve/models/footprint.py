@@ -11,6 +11,7 @@ from splitserve.kv.page_shape import KvDtype, PageShape
 from splitserve.models.config import ModelConfig
 from splitserve.models.planner import ModelPlanner
 from splitserve.parallel.shard import Shard
+from splitserve.weights.checkpoint import Checkpoint
 from splitserve.weights.source import MatrixSource
 
 # Bytes of a weight of a projection: int4 with a 16-bit scale and zero for every 32 of them.
@@ -29,7 +30,7 @@ _BLOCK_TOKENS: Final = 16
 @dataclass(frozen=True)
 class Workload:
     """What is to be served: so many sequences at once, each of so many tokens, computed in
-    `weights` (a quantisation) with KV in `kv_dtype` over `ranks` ranks.
+    `weights` (a quantisation of what is stored plain) with KV in `kv_dtype` over `ranks` ranks.
     """
 
     context: int
@@ -54,8 +55,11 @@ class Footprint:
     kvstore: int
 
 
-def footprint(config: ModelConfig, workload: Workload) -> Footprint:
-    """Raises `ConfigError` if the model does not divide by the ranks."""
+def footprint(checkpoint: Checkpoint, workload: Workload) -> Footprint:
+    """Raises `ConfigError` if the model does not divide by the ranks, `CheckpointError` for a
+    matrix that is not stored as it should be.
+    """
+    config = checkpoint.config
     planner = ModelPlanner(config, Shard(0, workload.ranks))
     attention = config.attention
     page = PageShape(
@@ -66,7 +70,7 @@ def footprint(config: ModelConfig, workload: Workload) -> Footprint:
         workload.kv_dtype,
     )
     own = replace(page, num_kv_heads=planner.num_kv_heads)
-    weights = _weight_bytes(planner, WEIGHT_BYTES[workload.weights])
+    weights = _weight_bytes(checkpoint, planner, WEIGHT_BYTES[workload.weights])
     return Footprint(
         weights=weights,
         kv_of_token=own.token_bytes,
@@ -83,10 +87,15 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(seen.values())
 
 
-def _weight_bytes(planner: ModelPlanner, matrix_bytes: float) -> int:
-    """Matrices as they are multiplied, vectors and tables in 16 bits."""
+def _weight_bytes(checkpoint: Checkpoint, planner: ModelPlanner, plain_bytes: float) -> int:
+    """Matrices as they are multiplied, which is as they are stored where that is quantised;
+    vectors and tables in 16 bits.
+    """
     total = 0.0
     for source in planner.sources():
-        each = matrix_bytes if isinstance(source, MatrixSource) else _PLAIN_BYTES
+        each: float = _PLAIN_BYTES
+        if isinstance(source, MatrixSource):
+            stored = checkpoint.weight_bytes(source)
+            each = plain_bytes if stored is None else stored
         total += prod(source.read_shape) * each
     return round(total)

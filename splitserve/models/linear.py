@@ -8,24 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from splitserve.quant.code_memory import has_onednn
 from splitserve.quant.linear import make_quantized_linear
+from splitserve.quant.linear_protocol import Linear as Linear
 from splitserve.quant.matrix import QuantizedMatrix, Weight
 
 TILE_ROWS = 16
-
-
-class Linear(Protocol):
-    """`x @ weight.T + bias` for (rows, in) inputs and a weight of shape (out, in)."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Shape (rows, out), the type of `x`."""
-        ...
 
 
 MakeLinear: TypeAlias = Callable[[Weight, Tensor | None], Linear]
@@ -107,7 +101,7 @@ class Products:
 
 def choose_products(dtype: torch.dtype, device: torch.device, *, deterministic: bool) -> Products:
     """The fastest products for the type and device, tiled in deterministic mode."""
-    packed = device.type == "cpu" and dtype is torch.bfloat16 and torch._C._has_mkldnn
+    packed = device.type == "cpu" and has_onednn() and dtype is torch.bfloat16
     # fp32 is asked for to compare numbers, not for speed or memory: codes are widened once.
     exact = dtype is torch.float32
     make_dense = PackedLinear if packed else PlainLinear

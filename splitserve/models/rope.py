@@ -140,6 +140,8 @@ class RopeConfig:
             raise CheckpointError(
                 f"rotary embedding of {self.dims} dimensions; it needs pairs of them"
             )
+        if isinstance(self.scaling, YarnRope) and self.theta <= 1:
+            raise CheckpointError(f"rope_theta is {self.theta}, YaRN needs more than 1")
         for name, factors in self._factors():
             if len(factors) != self.dims // 2:
                 raise CheckpointError(

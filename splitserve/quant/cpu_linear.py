@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from splitserve.quant.inputs import row_scales
+from splitserve.quant.inputs import input_steps
 from splitserve.quant.matrix import QuantizedMatrix
 from splitserve.quant.slab_linear import SlabLinear
 
@@ -142,14 +142,13 @@ class Int8CodesLinear:
 
     @staticmethod
     def takes(matrix: QuantizedMatrix) -> bool:
-        """One scale a row and inputs that are meant to be rounded."""
+        """One scale a row and inputs meant to be rounded, once `has_onednn` is known."""
         one_scale = matrix.scales.shape[1] == 1 and matrix.zeros is None
-        has_kernel = bool(torch._C._has_mkldnn)
-        return matrix.kind == "int8" and one_scale and matrix.quantizes_input and has_kernel
+        return matrix.kind == "int8" and one_scale and matrix.quantizes_input
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
-        step = row_scales(x, 127.0) if self._step is None else self._step
+        step = input_steps(x, 127.0, self._step)
         codes = (x / step).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             *(codes, 1.0, 128, self._codes, self._scales, self._zeros, None),

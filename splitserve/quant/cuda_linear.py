@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from splitserve.quant.inputs import FP8_MAX, row_scales
-from splitserve.quant.matrix import QuantizedMatrix
+from splitserve.quant.inputs import input_steps
+from splitserve.quant.matrix import FP8_MAX, QuantizedMatrix
 
 _LEAST_INT_ROWS = 17  # cuBLASLt refuses fewer
 
@@ -33,10 +33,7 @@ class Fp8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
-        if self._step is None:
-            step = row_scales(x, FP8_MAX)
-        else:
-            step = x.new_full((x.shape[0], 1), self._step, dtype=torch.float32)
+        step = input_steps(x, FP8_MAX, self._step)
         codes = (x / step).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return torch._scaled_mm(
             codes, self._codes, step, self._scales, bias=self._bias, out_dtype=torch.bfloat16
@@ -63,7 +60,7 @@ class Int8CodesGpuLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
         rows = x.shape[0]
-        step = row_scales(x, 127.0) if self._step is None else self._step
+        step = input_steps(x, 127.0, self._step)
         codes = (x / step).round_().clamp_(-127, 127).to(torch.int8)
         if rows < _LEAST_INT_ROWS:
             codes = functional.pad(codes, (0, 0, 0, _LEAST_INT_ROWS - rows))

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from splitserve.quant.linear_protocol import Linear
-
-FP8_MAX = 448.0
+from splitserve.quant.matrix import FP8_MAX
 
 
 class TransformedInput:
@@ -44,10 +43,21 @@ class RoundedInput:
         """Shape (rows, out), the type of `x`."""
         most = FP8_MAX if self._fp8 else 127.0
         wide = x.float()
-        scale = row_scales(wide, most) if self._scale is None else self._scale
+        scale = input_steps(wide, most, self._scale)
         codes = (wide / scale).clamp_(-most, most)
         codes = codes.to(torch.float8_e4m3fn).float() if self._fp8 else codes.round_()
         return self._product((codes * scale).to(x.dtype))
+
+
+def input_steps(x: Tensor, most: float, fixed: float | None) -> Tensor:
+    """Steps, (rows, 1) fp32: `row_scales`, or `fixed` for each row.
+
+    NaN for a row with a NaN, which integer codes could not say.
+    """
+    if fixed is None:
+        return row_scales(x, most)
+    steps = x.new_full((x.shape[0], 1), fixed, dtype=torch.float32)
+    return steps.masked_fill_(x.isnan().any(dim=1, keepdim=True), float("nan"))
 
 
 def row_scales(x: Tensor, most: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from splitserve.quant import cpu_linear, cuda_linear
+from splitserve.quant.code_memory import has_onednn
 from splitserve.quant.inputs import RoundedInput, TransformedInput
 from splitserve.quant.linear_protocol import Linear
 from splitserve.quant.matrix import QuantizedMatrix
@@ -19,8 +20,9 @@ def make_quantized_linear(
     """A product of inputs of type `dtype` with the matrix, which is moved to the device.
 
     Any matrix is taken; one that no fast product can represent is widened slab by slab in each
-    call, so that memory stays what codes need.
+    call, so that memory stays what codes need. Raises `ValueError` for codes out of range.
     """
+    _check_codes(matrix)
     matrix = matrix.to(device)
     if bias is not None:
         bias = bias.to(device=device, dtype=dtype)
@@ -28,6 +30,15 @@ def make_quantized_linear(
     if matrix.smoothing is None and matrix.input_order is None:
         return product
     return TransformedInput(product, matrix.smoothing, matrix.input_order)
+
+
+def _check_codes(matrix: QuantizedMatrix) -> None:
+    """Products shift codes to 0..15: out of range, they would spill into their neighbours."""
+    if matrix.kind != "int4" or matrix.codes.numel() == 0:
+        return
+    low, high = (int(each) for each in matrix.codes.aminmax())
+    if low < -8 or high > (7 if low < 0 else 15):
+        raise ValueError(f"int4 codes must be in -8..7 or in 0..15, not in {low}..{high}")
 
 
 def _choose(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> Linear:
@@ -39,7 +50,7 @@ def _choose(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) ->
             return cuda_linear.Fp8Linear(matrix, bias, dtype)
         if cuda_linear.Int8CodesGpuLinear.takes(matrix):
             return cuda_linear.Int8CodesGpuLinear(matrix, bias, dtype)
-    elif cpu_linear.Int8CodesLinear.takes(matrix):
+    elif has_onednn() and cpu_linear.Int8CodesLinear.takes(matrix):
         return cpu_linear.Int8CodesLinear(matrix, bias, dtype)
     product = _choose_wide(matrix, bias, dtype)
     if not matrix.quantizes_input:

@@ -11,12 +11,16 @@ from torch import Tensor
 
 CodeKind: TypeAlias = Literal["int4", "int8", "fp8"]
 
+FP8_MAX = 448.0
+"""The largest number of e4m3."""
+
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """A (rows, columns) matrix, one byte a code, as `(code - zero) * scale`.
 
-    `codes` is (rows, columns): int8 for int4 (values -8..15) and int8, float8_e4m3fn for fp8.
+    `codes` is (rows, columns): int8 for int4 and int8, float8_e4m3fn for fp8. Those of int4 are
+    in -8..7 or, mostly with zeros, in 0..15: one of the two in all of a matrix.
     `scales` is (rows, groups) fp32; column i belongs to group i // (columns // groups). `zeros`
     is like `scales`, None where all are 0. Column i multiplies `x[input_order[i]]` if there is
     an order (GPTQ's act-order), and all of x is divided by `smoothing`, (columns,) fp32 in the

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitserve.quant.matrix import CodeKind, QuantizedMatrix
+from splitserve.quant.matrix import FP8_MAX, CodeKind, QuantizedMatrix
 
-FP8_MAX = 448.0
 _SLAB_WEIGHTS = 1 << 21
 _INT4_CLIPS = tuple(1.0 - step / 40 for step in range(15))
+_FP8_GROWTH = tuple(2.0 ** (step / 16) for step in range(16))
 _INT8_CLIPS = tuple(1.0 - step / 40 for step in range(5))
 
 
@@ -59,11 +59,12 @@ def quantize_int4(
 
 
 def quantize_fp8(weight: Tensor, input_importance: Tensor | None = None) -> QuantizedMatrix:
-    """E4M3, one scale a row, the largest magnitude at 448.
+    """E4M3, one scale a row: the best of several within twice the least one that clips nothing.
 
-    The importance is not used: a float's steps are relative, so that clipping gains nothing.
+    A float's steps are relative, so that a larger scale costs nothing at the top and may fit a
+    row's weights better.
     """
-    return _quantize(weight, "fp8", weight.shape[1], _encode_fp8, (1.0,), None)
+    return _quantize(weight, "fp8", weight.shape[1], _encode_fp8, _FP8_GROWTH, input_importance)
 
 
 def _quantize(
@@ -124,7 +125,7 @@ def _error(coded: _Coded, values: Tensor, cost: Tensor | None) -> Tensor:
 
 
 def _encode_int8(values: Tensor, clip: float) -> _Coded:
-    scales = _bf16_scales(values.abs().amax(-1, keepdim=True) * clip / 127)
+    scales = bf16_not_below(values.abs().amax(-1, keepdim=True) * clip / 127)
     codes = (values / scales).round_().clamp_(-127, 127)
     return _Coded(codes, scales, torch.zeros_like(scales))
 
@@ -132,19 +133,19 @@ def _encode_int8(values: Tensor, clip: float) -> _Coded:
 def _encode_int4(values: Tensor, clip: float) -> _Coded:
     low = values.amin(-1, keepdim=True).clamp_(max=0) * clip
     high = values.amax(-1, keepdim=True).clamp_(min=0) * clip
-    scales = _bf16_scales((high - low) / 15)
+    scales = bf16_not_below((high - low) / 15)
     zeros = (-low / scales).round_().clamp_(0, 15)
     codes = (values / scales + zeros).round_().clamp_(0, 15)
     return _Coded(codes, scales, zeros)
 
 
 def _encode_fp8(values: Tensor, clip: float) -> _Coded:
-    scales = _bf16_scales(values.abs().amax(-1, keepdim=True) * clip / FP8_MAX)
+    scales = bf16_not_below(values.abs().amax(-1, keepdim=True) * clip / FP8_MAX)
     codes = (values / scales).clamp_(-FP8_MAX, FP8_MAX)
     return _Coded(codes, scales, torch.zeros_like(scales))
 
 
-def _bf16_scales(scales: Tensor) -> Tensor:
+def bf16_not_below(scales: Tensor) -> Tensor:
     """The next bf16 not below each, in fp32, so that the largest value still has a code.
 
     A range of nothing, and one too small for normal numbers, gets a scale of the least that works.

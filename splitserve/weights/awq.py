@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitserve.weights.arrays import grid_of, groups_of, positions_in, to_floats, to_words
-from splitserve.weights.checks import FLOAT_TYPES, check_groups, check_is_no_stack
+from splitserve.weights.checks import (
+    FLOAT_TYPES,
+    check_groups,
+    check_is_no_stack,
+    checked_finite,
+    held_bytes,
+)
 from splitserve.weights.grid import covering
 from splitserve.weights.quantization import AwqCodes
 from splitserve.weights.source import MatrixSource
@@ -54,6 +60,11 @@ class AwqMatrix:
             zeros=headers.find(f"{module}.qzeros", (groups, words), types=["I32"]),
         )
 
+    @property
+    def weight_bytes(self) -> float:
+        """See `StoredMatrix.weight_bytes`."""
+        return held_bytes(4, self.scheme.group_size or self.source.shape[1])
+
     def read(self, dtype: torch.dtype) -> Weight:
         """See `StoredMatrix.read`. The codes are as they are stored, so `dtype` has no part."""
         from splitserve.weights.coded import from_unsigned
@@ -63,7 +74,8 @@ class AwqMatrix:
         spans = self.source.rows or [range(rows)]
         codes = _unpacked(self.codes, [columns], spans)
         _, groups = groups_of(columns, self.scheme.group_size or width)
-        scales = to_floats(grid_of(self.scales).read(None, spans), self.scales.dtype)[groups].T
+        stored = to_floats(grid_of(self.scales).read(None, spans), self.scales.dtype)
+        scales = checked_finite(stored, self.scales)[groups].T
         zeros = _unpacked(self.zeros, None, spans)[:, groups].astype(np.float32)
         return from_unsigned(4, codes, scales, zeros)
 

@@ -64,6 +64,11 @@ class Checkpoint(Protocol):
     def check_matrix(self, source: MatrixSource) -> None:
         """Raises what `matrix` would, as far as the headers tell. Needs no torch."""
 
+    def weight_bytes(self, source: MatrixSource) -> float | None:
+        """About what one weight of a matrix that is stored quantised takes in memory, None for
+        plain numbers. Raises like `check_matrix`. Needs no torch.
+        """
+
     def identity(self) -> bytes:
         """32 bytes that name the weights, equal on every host that has the same files."""
 

@@ -8,11 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitserve.errors import CheckpointError
-from splitserve.weights.arrays import grid_of
+from splitserve.weights.arrays import Floats, grid_of
 from splitserve.weights.source import MatrixSource
 from splitserve.weights.stored import Headers, StoredTensor
 
 FLOAT_TYPES: Final = ("BF16", "F16", "F32")
+
+
+def held_bytes(bits: int, group_size: int) -> float:
+    """Bytes of memory a weight: its code and its part of a group's 16-bit scale and zero."""
+    return bits / 8 + 4 / group_size
 
 
 def check_groups(stored: StoredTensor, columns: int, group_size: int) -> None:
@@ -30,6 +35,13 @@ def check_is_no_stack(headers: Headers, source: MatrixSource) -> None:
             f"{headers.path}: tensor {source.name!r} is a stack of {source.stack}, expected plain "
             "numbers: stacks are not read in this quantisation"
         )
+
+
+def checked_finite(values: Floats, stored: StoredTensor) -> Floats:
+    """The values read of a tensor. One that is no number would spoil every answer."""
+    if not np.isfinite(values).all():
+        raise stored.error("has numbers that are not finite")
+    return values
 
 
 def read_vector(stored: StoredTensor) -> NDArray[np.int64]:

@@ -23,6 +23,8 @@ from splitserve.weights.checks import (
     FLOAT_TYPES,
     check_groups,
     check_is_no_stack,
+    checked_finite,
+    held_bytes,
     read_group_of_columns,
     read_vector,
 )
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 SMOOTHING: Final = "input_smoothing"
 """Not of compressed-tensors: what the module's input is divided by, (in,) F32. See `writer`."""
 
+_ZEROS: Final = "weight_zero_point"
 _CODE_TYPES: Final = {"int8": "I8", "fp8": "F8_E4M3"}
 
 
@@ -72,7 +75,9 @@ class ScaledMatrix:
         name = f"{module}.{scheme.scale_name}"
         zeros = input_scale = None
         if not scheme.symmetric:
-            zeros = headers.find(f"{module}.weight_zero_point", *shapes, types=["I8"])
+            zeros = headers.find(f"{module}.{_ZEROS}", *shapes, types=["I8"])
+        else:
+            _check_has_no_zeros(headers, module)
         if scheme.input_scale:
             input_scale = headers.find(f"{module}.input_scale", (), (1,), types=FLOAT_TYPES)
         return cls(
@@ -84,6 +89,11 @@ class ScaledMatrix:
             input_scale=input_scale,
             smoothing=find_smoothing(headers, source),
         )
+
+    @property
+    def weight_bytes(self) -> float:
+        """See `StoredMatrix.weight_bytes`."""
+        return held_bytes(8, self.scheme.block[1] or self.source.shape[1])
 
     def read(self, dtype: torch.dtype) -> Weight:
         """See `StoredMatrix.read`."""
@@ -106,10 +116,11 @@ class ScaledMatrix:
         high, wide = self.scheme.block[0] or height, self.scheme.block[1] or width
         data = grid_of(stored).read()
         values = data.view(np.int8) if stored.dtype == "I8" else to_floats(data, stored.dtype)
+        values = checked_finite(values.astype(np.float32, copy=False), stored)
         values = values.reshape(-(-height // high), -1)
         _, groups = groups_of(columns, wide)
         rows = numbers_of(self.source.rows or [range(height)]) // high
-        return values[np.ix_(rows, groups)].astype(np.float32, copy=False)
+        return values[np.ix_(rows, groups)]
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,9 @@ class PackedMatrix:
             order = headers.find(f"{module}.weight_g_idx", (columns,), types=["I32", "I64"])
         if not scheme.symmetric:
             shape = -(-rows // per_word), groups
-            zeros = headers.find(f"{module}.weight_zero_point", shape, types=["I32"])
+            zeros = headers.find(f"{module}.{_ZEROS}", shape, types=["I32"])
+        else:
+            _check_has_no_zeros(headers, module)
         return cls(
             source=source,
             scheme=scheme,
@@ -150,6 +163,11 @@ class PackedMatrix:
             order=order,
             smoothing=find_smoothing(headers, source),
         )
+
+    @property
+    def weight_bytes(self) -> float:
+        """See `StoredMatrix.weight_bytes`."""
+        return held_bytes(self.scheme.bits, self.scheme.group_size or self.source.shape[1])
 
     def read(self, dtype: torch.dtype) -> Weight:
         """See `StoredMatrix.read`."""
@@ -162,6 +180,7 @@ class PackedMatrix:
         size = self.scheme.group_size or source.shape[1]
         columns = source.columns or range(source.shape[1])
         scales = to_floats(grid_of(self.scales).read(source.rows), self.scales.dtype)
+        checked_finite(scales, self.scales)
         zeros = np.full_like(scales, 1 << (bits - 1))
         if self.zeros is not None:
             zeros = self._read_zeros(self.zeros)
@@ -195,6 +214,12 @@ class PackedMatrix:
         return codes[:, positions_in(spans, words, per_word)].T.astype(np.float32)
 
 
+def _check_has_no_zeros(headers: Headers, module: str) -> None:
+    zeros = headers.tensors.get(f"{module}.{_ZEROS}")
+    if zeros is not None:
+        raise zeros.error("is stored, though the config says that its weights are symmetric: true")
+
+
 def find_smoothing(headers: Headers, source: MatrixSource) -> StoredTensor | None:
     """What the input is divided by, if that is stored."""
     name = f"{source.module}.{SMOOTHING}"
@@ -211,7 +236,9 @@ def smoothed(
 
     smoothing = None
     if stored is not None:
-        values = to_floats(grid_of(stored).read([columns]), stored.dtype)
+        values = checked_finite(to_floats(grid_of(stored).read([columns]), stored.dtype), stored)
+        if (values <= 0).any():
+            raise stored.error("has numbers that are not positive")
         smoothing = torch.from_numpy(values.reshape(-1))
     if isinstance(weight, torch.Tensor):
         return weight if smoothing is None else (weight / smoothing).to(weight.dtype)

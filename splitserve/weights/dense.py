@@ -29,6 +29,11 @@ class DenseMatrix:
         check_is_plain(stored)
         return cls(stored, source)
 
+    @property
+    def weight_bytes(self) -> None:
+        """See `StoredMatrix.weight_bytes`."""
+        return None
+
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         """See `StoredMatrix.read`."""
         source = self.source

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from splitserve.weights.arrays import Codes, Floats, groups_of
+from splitserve.weights.checks import checked_finite, held_bytes
 from splitserve.weights.ggml_blocks import BLOCK_TYPES, BlockType, Decoded
 from splitserve.weights.grid import Grid, merged, pieces
 from splitserve.weights.source import MatrixSource, TensorSource
@@ -29,6 +30,12 @@ class BlockMatrix:
 
     stored: StoredTensor
     source: MatrixSource
+
+    @property
+    def weight_bytes(self) -> float:
+        """See `StoredMatrix.weight_bytes`."""
+        block = BLOCK_TYPES[self.stored.dtype]
+        return held_bytes(4 if block.kind == "int4" else 8, block.group_size)
 
     def read(self, dtype: torch.dtype) -> QuantizedMatrix:
         """See `StoredMatrix.read`. The codes are as they are stored, so `dtype` has no part."""
@@ -53,6 +60,9 @@ class BlockMatrix:
                 zeros = np.empty_like(scales) if zeros is None else zeros
                 scale, zeros[top:bottom] = _zeros(scale, minimum[:, groups], codes[top:bottom])
             scales[top:bottom] = scale
+        checked_finite(scales, self.stored)
+        if zeros is not None:
+            checked_finite(zeros, self.stored)
         return quantized_matrix(block.kind, codes, scales, zeros)
 
     def _slabs(self, columns: range, block: BlockType) -> Iterator[tuple[int, Decoded]]:
@@ -90,7 +100,7 @@ def _decoded_slabs(
     height = max(1, _SLAB_WEIGHTS // (len(blocks) * block.elements))
     for top, part in pieces(merged(rows), height):
         data = grid.read([part], [blocks])
-        # A file may hold any numbers: those that are none pass, as they do in a plain tensor.
+        # A file may hold any numbers. Those that are none pass here, as in a plain tensor.
         with np.errstate(all="ignore"):
             codes, scales, minima = block.decode(data.reshape(-1, block.size_bytes))
         shape = (len(part), -1)

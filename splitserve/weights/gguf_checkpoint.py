@@ -58,6 +58,10 @@ class GgufCheckpoint:
         """See `Checkpoint.check_matrix`."""
         self._find_matrix(source)
 
+    def weight_bytes(self, source: MatrixSource) -> float | None:
+        """See `Checkpoint.weight_bytes`."""
+        return self._find_matrix(source).weight_bytes
+
     def identity(self) -> bytes:
         """See `Checkpoint.identity`."""
         return weights_identity(self.config, self._headers.tensors.values(), [self._file_bytes])

@@ -20,6 +20,8 @@ from splitserve.weights.checks import (
     FLOAT_TYPES,
     check_groups,
     check_is_no_stack,
+    checked_finite,
+    held_bytes,
     read_group_of_columns,
 )
 from splitserve.weights.grid import covering
@@ -66,17 +68,23 @@ class GptqMatrix:
             order=order,
         )
 
+    @property
+    def weight_bytes(self) -> float:
+        """See `StoredMatrix.weight_bytes`."""
+        return held_bytes(self.scheme.bits, self.scheme.group_size or self.source.shape[1])
+
     def read(self, dtype: torch.dtype) -> Weight:
         """See `StoredMatrix.read`; dense if it cuts a matrix with an order (act-order)."""
         from splitserve.weights.coded import from_groups
 
         width = self.source.shape[1]
         size, columns = self.scheme.group_size or width, self.source.columns or range(width)
-        scales = grid_of(self.scales).read(None, self.source.rows)
+        data = grid_of(self.scales).read(None, self.source.rows)
+        scales = checked_finite(to_floats(data, self.scales.dtype), self.scales)
         return from_groups(
             bits=self.scheme.bits,
             codes=self._read_codes(columns),
-            scales=to_floats(scales, self.scales.dtype).T,
+            scales=scales.T,
             zeros=self._read_zeros(),
             columns=columns,
             group_size=size,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from splitserve.errors import CheckpointError
 from splitserve.fields import Fields, read_json_object
+from splitserve.models.config import ModelConfig
 from splitserve.models.names import Names
 from splitserve.weights.dense import find_dense_tensor, read_dense_tensor
 from splitserve.weights.hf_config import read_hf_config
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from splitserve.quant.matrix import Weight
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_NUM_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 4096
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 
@@ -33,10 +37,11 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_hf_config(path)
+        config = read_hf_config(path)
         self.metadata: Mapping[str, object] = read_json_object(path / "config.json")
         self._quantization = read_quantization(path)
-        self._headers = Headers(path, _under_base(self.config.names, _read_headers(path)))
+        self._headers = Headers(path, _under_base(config.names, _read_headers(path)))
+        self.config = _tied_as_stored(config, self._headers)
 
     def tensor_names(self) -> list[str]:
         """Every tensor's name, sorted."""
@@ -62,6 +67,10 @@ class HuggingFaceCheckpoint:
         """See `Checkpoint.check_matrix`."""
         find_matrix(self._headers, self._quantization, source)
 
+    def weight_bytes(self, source: MatrixSource) -> float | None:
+        """See `Checkpoint.weight_bytes`."""
+        return find_matrix(self._headers, self._quantization, source).weight_bytes
+
     def identity(self) -> bytes:
         """See `Checkpoint.identity`."""
         tensors = self._headers.tensors.values()
@@ -70,6 +79,32 @@ class HuggingFaceCheckpoint:
         except OSError as exc:
             raise CheckpointError(f"{exc.filename}: cannot be read: {exc.strerror}") from exc
         return weights_identity(self.config, tensors, sizes, self._quantization)
+
+
+def _tied_as_stored(config: ModelConfig, headers: Headers) -> ModelConfig:
+    """A config that ties the unembedding to the embedding is wrong, and Hugging Face does not
+    follow it, where both are stored and differ.
+    """
+    names = config.names
+    embedding = headers.tensors.get(f"{names.embedding}.weight")
+    unembedding = headers.tensors.get(f"{names.unembedding}.weight")
+    if not config.tie_word_embeddings or embedding is None or unembedding is None:
+        return config
+    alike = (embedding.dtype, embedding.shape) == (unembedding.dtype, unembedding.shape)
+    if alike and _samples(embedding) == _samples(unembedding):
+        return config
+    return replace(config, tie_word_embeddings=False)
+
+
+def _samples(tensor: StoredTensor) -> bytes:
+    """Bytes from all over a tensor: two that are equal there are taken for equal."""
+    size = min(_SAMPLE_BYTES, tensor.size_bytes)
+    samples = bytearray(_NUM_SAMPLES * size)
+    with tensor.reading() as read_into:
+        for index in range(_NUM_SAMPLES):
+            start = (tensor.size_bytes - size) * index // (_NUM_SAMPLES - 1)
+            read_into(memoryview(samples)[index * size : (index + 1) * size], start)
+    return bytes(samples)
 
 
 def _under_base(names: Names, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:

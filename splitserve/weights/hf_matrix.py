@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 class StoredMatrix(Protocol):
     """A matrix whose tensors are there, with the right types and shapes."""
 
+    @property
+    def weight_bytes(self) -> float | None:
+        """About what one weight takes in memory as codes, None for plain numbers."""
+
     def read(self, dtype: torch.dtype) -> Weight:
         """What its source takes of it, contiguous, on the CPU; plain numbers in `dtype`.
 

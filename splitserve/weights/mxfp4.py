@@ -9,6 +9,7 @@ import numpy as np
 
 from splitserve.errors import CheckpointError
 from splitserve.weights.arrays import groups_of
+from splitserve.weights.checks import held_bytes
 from splitserve.weights.grid import Grid, covering
 from splitserve.weights.source import MatrixSource
 from splitserve.weights.stored import Headers, StoredTensor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _GROUP: Final = 32
 _GROUP_BYTES: Final = 16
 _EXPONENT_BIAS: Final = 127
+_NOT_A_NUMBER: Final = 255
 # Twice the values of E2M1, which are whole numbers; the fourth bit is the sign.
 _DOUBLED: Final = np.array(
     [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8
@@ -54,6 +56,11 @@ class Mxfp4Matrix:
             scales=headers.find(f"{source.name}_scales", shape, types=["U8"]),
         )
 
+    @property
+    def weight_bytes(self) -> float:
+        """See `StoredMatrix.weight_bytes`."""
+        return held_bytes(8, _GROUP)
+
     def read(self, dtype: torch.dtype) -> Weight:
         """See `StoredMatrix.read`. The codes are as they are stored, so `dtype` has no part."""
         from splitserve.weights.coded import quantized_matrix
@@ -71,6 +78,8 @@ class Mxfp4Matrix:
         taken = codes.reshape(len(data), -1)[:, skip : skip + len(columns)]
         _, groups = groups_of(columns, _GROUP)
         grid = Grid(self.scales, height, width // _GROUP, 1, source.index)
-        exponents = grid.read(source.rows)[:, groups].astype(np.int32) - _EXPONENT_BIAS
-        scales = np.ldexp(np.float32(0.5), exponents)
+        stored = grid.read(source.rows)[:, groups]
+        if (stored == _NOT_A_NUMBER).any():
+            raise self.scales.error("has numbers that are not finite")
+        scales = np.ldexp(np.float32(0.5), stored.astype(np.int32) - _EXPONENT_BIAS)
         return quantized_matrix("int8", np.ascontiguousarray(taken), scales)

@@ -126,6 +126,11 @@ def _read_group(group: Fields, layout: Fields) -> ModuleScheme:
     weights = group.nested("weights")
     bits, kind = weights.integer("num_bits", 8), weights.text("type", "int")
     quantizes_input, input_scale = _read_activations(group.nested("input_activations"))
+    inputs = group.nested("input_activations")
+    if quantizes_input and inputs.text("type", "int") != kind:
+        raise inputs.error(
+            "type", f"{inputs.text('type', 'int')!r} is not supported with weights of {kind!r}"
+        )
     if group.nested("output_activations").names():
         raise group.error("output_activations", "is not supported")
     symmetric = weights.boolean("symmetric", True)

@@ -72,7 +72,9 @@ def test_rounded_on_two_ranks(
     count = 12 if "kv_dtype" in settings else 1
     expected = parity.drawn(alone, alone, prompt, PARAMS, count)
     with two_ranks.open(config) as both:
-        assert both.spec.fingerprint == alone.spec.fingerprint
+        # Weights that a rank rounded by its own part are not those of another number of ranks.
+        same_weights = "quantization" not in settings
+        assert (both.spec.fingerprint == alone.spec.fingerprint) == same_weights
         _check_same(parity.drawn(both, alone, prompt, PARAMS, count), expected, error)
         _check_same(parity.drawn(alone, both, prompt, PARAMS, count), expected, error)
         _check_same(parity.drawn(both, both, prompt, PARAMS, count), expected, error)

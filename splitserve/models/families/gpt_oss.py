@@ -13,6 +13,16 @@ from splitserve.models.family import Family
 from splitserve.models.names import ExpertNames
 
 SWIGLU_ALPHA: Final = 1.702
+# Hugging Face's defaults for a config without the key. A window of null is none.
+DEFAULT_WINDOW: Final = 128
+DEFAULT_ROPE: Final = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 NAMES: Final = replace(
     llama.NAMES,
@@ -32,8 +42,11 @@ def read(fields: Fields) -> ModelConfig:
     """From config.json."""
     fields = fields.defaulting(rms_norm_eps=1e-5, head_dim=64, attention_bias=True)
     fields.expect("swiglu_alpha", SWIGLU_ALPHA)
+    if not fields.raw("rope_scaling"):
+        fields = fields.defaulting(rope_parameters=DEFAULT_ROPE)
     rope = read_rope(fields, read_head_dim(fields), theta=150000.0)
-    window = fields.optional_integer("sliding_window")
+    given = "sliding_window" in fields.names()
+    window = fields.optional_integer("sliding_window") if given else DEFAULT_WINDOW
     layers = read_layers(fields, rope, window=window, pattern=2)
     base = llama.read(fields, layers)
     return replace(

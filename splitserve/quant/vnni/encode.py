@@ -38,10 +38,12 @@ def encode_function(variant: Variant) -> str:
 
 def _factor(e: Emitter, variant: Variant, columns: str) -> str:
     """What inputs are multiplied by; its inverse, the step, is stored. For zeros, both are 0."""
-    if variant.inputs == "fixed":
-        e.do("store float %fixed, ptr %step")
-        return e.let("fdiv float 1.0, %fixed")
     most = _peak(e, columns)
+    if variant.inputs == "fixed":
+        # Codes cannot say NaN: the step says it for the whole row, as a row's own step does.
+        lost = e.let(f"fcmp uno float {most}, 0.0")
+        e.do(f"store float {e.let(f'select i1 {lost}, float {most}, float %fixed')}, ptr %step")
+        return e.let("fdiv float 1.0, %fixed")
     e.do(f"store float {e.let(f'fdiv float {most}, {variant.input_most}')}, ptr %step")
     factor = e.let(f"fdiv float {variant.input_most}, {most}")
     empty = e.let(f"fcmp oeq float {most}, 0.0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 from functools import cache
@@ -11,8 +12,11 @@ from typing import Any, Protocol
 
 import torch
 
+from splitserve.quant.code_memory import may_run_made_code
 from splitserve.quant.vnni.module import module_text
 from splitserve.quant.vnni.variant import OmpCalls, Variant
+
+_log = logging.getLogger(__name__)
 
 _NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512bf16")
 
@@ -29,14 +33,20 @@ class Product(Protocol):
 
 @cache
 def omp_calls() -> OmpCalls | None:
-    """None where there is no llvmlite, no such processor, or torch has another OpenMP."""
+    """None where made code cannot run, so that products take the library's kernels.
+
+    That is without llvmlite, without such a processor, where torch has another OpenMP, or where
+    memory that was written may not be executed.
+    """
     try:
         from llvmlite import binding
 
         features = binding.get_host_cpu_features()
-    except (ImportError, RuntimeError):
+    except (ImportError, OSError, RuntimeError):
         return None
     if sys.platform != "linux" or not all(features.get(name) for name in _NEEDED):
+        return None
+    if not may_run_made_code():
         return None
     for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
         try:
@@ -50,13 +60,29 @@ def omp_calls() -> OmpCalls | None:
 
 
 @cache
-def compiled(variant: Variant) -> Product:
-    """A variant's code, which lives as long as the process. Takes about 0.2 s."""
-    from llvmlite import binding
+def _warn_once(reason: str) -> None:
+    _log.warning("quantised products take the library's slower kernels: %s", reason)
 
+
+@cache
+def compiled(variant: Variant) -> Product | None:
+    """A variant's code, which lives as long as the process. Takes about 0.2 s.
+
+    None where `omp_calls` is None or LLVM fails, which is logged.
+    """
     omp = omp_calls()
     if omp is None:
-        raise RuntimeError("this processor or its libraries cannot run such code")
+        return None
+    try:
+        return _compile(variant, omp)
+    except (AttributeError, OSError, RuntimeError) as error:  # the first: another llvmlite
+        _warn_once(f"LLVM cannot make code: {error}")
+        return None
+
+
+def _compile(variant: Variant, omp: OmpCalls) -> Product:
+    from llvmlite import binding
+
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     module = binding.parse_assembly(module_text(variant, omp))
@@ -74,7 +100,10 @@ def compiled(variant: Variant) -> Product:
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int32)
-    function: Any = kind(engine.get_function_address("product"))
+    address = engine.get_function_address("product")
+    if not address:
+        raise RuntimeError("there is no product in it")
+    function: Any = kind(address)
     function.engine = engine  # the code goes when the engine goes
     product: Product = function
     return product

@@ -41,38 +41,39 @@ class VnniLinear:
         """The matrix's order and smoothing are the caller's."""
         self._out, self._columns = matrix.shape
         groups = matrix.scales.shape[1]
-        bits = 4 if matrix.kind == "int4" else 8
+        variant = _variant(matrix)
+        product = compiled(variant)
+        if product is None:
+            raise RuntimeError("no code can be made for this processor")
+        self._product = product
         self._width = self._out + -self._out % _TILE
-        shift = _shift(matrix, bits)
-        zeros = _zeros(matrix, shift, 1 << (bits - 1))
-        scale_kind = _exact_kind(matrix.scales)
-        zero_kind = None if zeros is None else _exact_kind(zeros)
+        shift = _shift(matrix)
+        zeros = _zeros(matrix, shift)
         self._codes = _aligned(_interleave(self._padded(_unsigned(matrix, shift)), matrix.kind))
-        self._scales = _blocks(self._padded(matrix.scales.to(_FLOATS[scale_kind])))
+        self._scales = _blocks(self._padded(matrix.scales.to(_FLOATS[variant.scales])))
         self._zeros = self._scales
-        if zeros is not None and zero_kind is not None:
-            self._zeros = _blocks(self._padded(zeros.to(_FLOATS[zero_kind])))
+        if zeros is not None and variant.zeros is not None:
+            self._zeros = _blocks(self._padded(zeros.to(_FLOATS[variant.zeros])))
         self._bias = torch.zeros(self._width)
         if bias is not None:
             self._bias[: self._out] = bias
         group = matrix.group_size
-        unrolled = group if group <= _UNROLLED_GROUP else 0
-        variant = Variant(matrix.kind, scale_kind, zero_kind, unrolled, _inputs(matrix))
         tensors = (self._codes, self._scales, self._zeros, self._bias)
         numbers = (*(each.data_ptr() for each in tensors), groups, group, self._width // _TILE)
         plan = struct.pack("8qf", *numbers, self._width, matrix.input_scale or 0.0)
         self._plan = torch.frombuffer(bytearray(plan), dtype=torch.uint8)
         self._plan_address = self._plan.data_ptr()
         self._scratch = scratch_bytes(variant, 1, self._columns, groups)
-        self._product = compiled(variant)
 
     @staticmethod
     def takes(matrix: QuantizedMatrix, dtype: torch.dtype) -> bool:
-        """bf16 inputs, groups of whole vectors, and a processor that the code is made for."""
+        """bf16 inputs, groups of whole vectors, and code that can be made for this processor."""
         fits = matrix.group_size % LANES == 0 and 0 < matrix.group_size <= _MOST_GROUP
         plain = matrix.kind != "fp8" or (matrix.zeros is None and not matrix.quantizes_input)
         on_cpu = matrix.codes.device.type == "cpu"
-        return on_cpu and plain and fits and dtype is torch.bfloat16 and omp_calls() is not None
+        if not (on_cpu and plain and fits and dtype is torch.bfloat16):
+            return False
+        return omp_calls() is not None and compiled(_variant(matrix)) is not None
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
@@ -96,6 +97,17 @@ class VnniLinear:
         return functional.pad(values, (0, 0, 0, self._width - self._out))
 
 
+def _variant(matrix: QuantizedMatrix) -> Variant:
+    zeros = _zeros(matrix, _shift(matrix))
+    return Variant(
+        codes=matrix.kind,
+        scales=_exact_kind(matrix.scales),
+        zeros=None if zeros is None else _exact_kind(zeros),
+        group=matrix.group_size if matrix.group_size <= _UNROLLED_GROUP else 0,
+        inputs=_inputs(matrix),
+    )
+
+
 def _inputs(matrix: QuantizedMatrix) -> Inputs:
     if matrix.kind == "fp8":
         return "plain"
@@ -104,12 +116,17 @@ def _inputs(matrix: QuantizedMatrix) -> Inputs:
     return "rows" if matrix.input_scale is None else "fixed"
 
 
-def _shift(matrix: QuantizedMatrix, bits: int) -> int:
+def _shift(matrix: QuantizedMatrix) -> int:
     """What makes codes unsigned. int4 codes may be so already."""
     if matrix.kind == "fp8":
         return 0
-    signed = bits == 8 or int(matrix.codes.min()) < 0
-    return 1 << (bits - 1) if signed else 0
+    signed = matrix.kind == "int8" or int(matrix.codes.min()) < 0
+    return _middle(matrix.kind) if signed else 0
+
+
+def _middle(kind: CodeKind) -> int:
+    """Of the unsigned codes."""
+    return 8 if kind == "int4" else 128
 
 
 def _unsigned(matrix: QuantizedMatrix, shift: int) -> Tensor:
@@ -120,13 +137,13 @@ def _unsigned(matrix: QuantizedMatrix, shift: int) -> Tensor:
     return (matrix.codes + shift).view(torch.uint8)
 
 
-def _zeros(matrix: QuantizedMatrix, shift: int, middle: int) -> Tensor | None:
+def _zeros(matrix: QuantizedMatrix, shift: int) -> Tensor | None:
     """The unsigned codes' zeros, None where all are the middle."""
     if matrix.zeros is not None:
         return matrix.zeros.float() + shift
     return (
         None
-        if shift == middle or matrix.kind == "fp8"
+        if shift == _middle(matrix.kind) or matrix.kind == "fp8"
         else torch.zeros_like(matrix.scales, dtype=torch.float32)
     )
 

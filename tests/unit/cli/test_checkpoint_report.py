@@ -25,8 +25,11 @@ def test_the_small_model_is_described(model_path: Path):
     # 2 (keys and values) x 30 layers x 3 heads x 64 x 2 bytes
     assert report.kv_bytes_per_token == 23_040
     assert report.parameters == 134_515_008
-    # The embedding is multiplied by, too, in a layout of its own.
-    assert report.weight_bytes == 2 * (134_515_008 + 49_152 * 576)
+    # The embedding is looked up in 16 bits and multiplied by as codes of 8 bits, the projections
+    # are codes of 4 bits (some of 8): what is stored quantised is held so.
+    norms, table = 2 * 61 * 576, 49_152 * 576
+    projections = report.weight_bytes - norms - 2 * table - round(1.125 * table)
+    assert 0.625 <= projections / (134_515_008 - table - 61 * 576) < 0.65
     assert report.prefill_bytes == report.weight_bytes + 1024 * 23_040
     assert report.decode_bytes == report.weight_bytes + 2 * 1024 * 23_040
     assert "Q4_1" in report.stored_dtypes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from splitserve.quant.linear import make_quantized_linear
 from splitserve.quant.matrix import CodeKind, QuantizedMatrix
 from splitserve.quant.quantizers import quantize_fp8, quantize_int4, quantize_int8
 from splitserve.quant.slab_linear import fp8_as_half
+from splitserve.quant.vnni import jit
 from splitserve.quant.vnni import linear as vnni
 from splitserve.quant.vnni.jit import omp_calls
 from splitserve.quant.vnni.linear import VnniLinear
@@ -184,15 +187,78 @@ def test_inputs_need_not_be_contiguous_and_may_be_none(generator: torch.Generato
         assert product(x.T[:0]).shape == (0, 32)
 
 
-def test_inputs_that_are_not_finite_stay_in_their_row(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("inputs", ["wide", "rounded by row", "rounded by a fixed step"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inputs_that_are_not_finite_stay_in_their_row(
+    kind: CodeKind, inputs: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    matrix = replace(
+        made(kind, (32, 64), generator),
+        quantizes_input=inputs != "wide",
+        input_scale=0.03 if inputs == "rounded by a fixed step" else None,
+    )
+    product = make_quantized_linear(matrix, None, dtype, CPU)
+    x = torch.randn(6, 64, generator=generator).to(dtype)
+    good = product(x)
+    x[1, 7] = float("nan")
+    x[4, 63] = -float("nan")
+    bad = product(x)
+    assert bad[[1, 4]].isnan().all()
+    assert torch.equal(bad[[0, 2, 3, 5]], good[[0, 2, 3, 5]])
+    assert good.isfinite().all()
+
+
+@pytest.mark.parametrize("range_", [(-9, 0), (0, 16), (-1, 8)])
+def test_int4_codes_of_no_kernel_are_refused(range_: tuple[int, int]) -> None:
+    low, high = range_
+    codes = torch.zeros(4, 32, dtype=torch.int8)
+    codes[1, 3], codes[2, 5] = low, high
+    with pytest.raises(ValueError, match=f"not in {low}..{high}"):
+        make_quantized_linear(
+            QuantizedMatrix("int4", codes, torch.ones(4, 1)), None, torch.bfloat16, CPU
+        )
+
+
+@pytest.fixture
+def real_probe(code: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Once, and on any processor: what `code` replaced is back, with nothing remembered."""
+    if code == "jit":
+        pytest.skip("tested once")
+    monkeypatch.setattr(vnni, "omp_calls", omp_calls)
+    caches = (jit.omp_calls, jit.compiled, jit._warn_once)
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+@pytest.mark.usefixtures("real_probe")
+def test_a_processor_without_the_instructions_takes_the_library(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    binding = pytest.importorskip("llvmlite.binding")
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"avx2": True, "avx512f": True})
     for kind in ("int8", "int4", "fp8"):
-        product = make_quantized_linear(made(kind, (32, 64), generator), None, torch.bfloat16, CPU)
-        x = torch.randn(3, 64, generator=generator).bfloat16()
-        good = product(x)
-        x[1, 7] = float("nan")
-        bad = product(x)
-        assert bad[1].isnan().all()
-        assert torch.equal(bad[[0, 2]], good[[0, 2]])
+        matrix = made(kind, (80, 96), generator)
+        assert not VnniLinear.takes(matrix, torch.bfloat16)
+        assert_product(matrix, generator, torch.bfloat16)
+
+
+@pytest.mark.skipif(not HAS_JIT, reason="no AVX512-VNNI and AVX512-BF16, or no llvmlite")
+@pytest.mark.usefixtures("real_probe")
+def test_code_that_cannot_be_made_is_replaced_by_the_library_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jit, "module_text", lambda _variant, _omp: "not a module")
+    with caplog.at_level(logging.WARNING):
+        for kind in ("int8", "int4", "fp8"):
+            matrix = made(kind, (80, 96), generator)
+            assert not VnniLinear.takes(matrix, torch.bfloat16)
+            assert_product(matrix, generator, torch.bfloat16)
+    (record,) = caplog.records
+    assert "LLVM cannot make code" in record.getMessage()
 
 
 def test_every_fp8_code_keeps_its_value() -> None:

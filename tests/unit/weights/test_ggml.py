@@ -96,6 +96,23 @@ def test_groups_without_a_scale_hold_their_minimum(tiny):
     assert torch.equal(matrix.dequantize(torch.float32), torch.full((16, 32), 1.5))
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_scales_and_minima_are_numbers(tiny, half):
+    name = "model.layers.0.mlp.down_proj"
+    del tiny.tensors[f"{name}.weight"]
+    block = np.ones((16, 20), np.uint8)
+    block[7, 2 * half : 2 * half + 2] = np.array([np.nan], "<f2").view(np.uint8)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor(
+            gguf_name(f"{name}.weight"), block, raw_dtype=gguf.GGMLQuantizationType.Q4_1
+        )
+
+    checkpoint = open_checkpoint(tiny.write_gguf(add))
+    with pytest.raises(CheckpointError, match="has numbers that are not finite"):
+        checkpoint.matrix(MatrixSource(f"{name}.weight", (16, 32)), torch.float32)
+
+
 def test_rows_of_heads_are_in_hugging_face_order(tiny):
     """Plain and quantised, the whole and any part of it."""
     name = "model.layers.0.self_attn.q_proj"

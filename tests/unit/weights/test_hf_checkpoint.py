@@ -235,3 +235,16 @@ print("torch" in sys.modules)
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
     )
     assert out.stdout.strip() == "False"
+
+
+def test_a_tied_unembedding_that_differs_is_not_tied(tiny):
+    """As in Hugging Face's own loading."""
+    tiny.write_config(tie_word_embeddings=True)
+    tiny.write_single()
+    assert not open_checkpoint(tiny.directory).config.tie_word_embeddings
+    tiny.tensors["lm_head.weight"] = tiny.tensors["model.embed_tokens.weight"].clone()
+    tiny.write_single()
+    assert open_checkpoint(tiny.directory).config.tie_word_embeddings
+    del tiny.tensors["lm_head.weight"]
+    tiny.write_single()
+    assert open_checkpoint(tiny.directory).config.tie_word_embeddings

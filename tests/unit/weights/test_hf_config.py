@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import GptOssConfig, MistralConfig
 
 from splitserve.errors import CheckpointError
-from splitserve.models.rope import LinearRope, Llama3Rope, RopeConfig
+from splitserve.models.rope import LinearRope, Llama3Rope, RopeConfig, YarnRope
 from splitserve.weights import read_config
 
 LLAMA3 = {
@@ -131,3 +132,37 @@ def test_broken_json(tiny, content):
     (tiny.directory / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json: "):
         read_config(tiny.directory)
+
+
+def test_a_window_left_out_is_hugging_faces_and_null_is_none(tiny):
+    def windows(**changes):
+        tiny.write_config(num_local_experts=2, num_experts_per_tok=1, **changes)
+        return [layer.window for layer in read_config(tiny.directory).layers]
+
+    mistral, gpt_oss = ["MistralForCausalLM"], ["GptOssForCausalLM"]
+    assert windows(architectures=mistral) == [MistralConfig().sliding_window] * 2
+    assert windows(architectures=mistral, sliding_window=None) == [None] * 2
+    assert windows(architectures=gpt_oss) == [GptOssConfig().sliding_window, None]
+    assert windows(architectures=gpt_oss, sliding_window=None) == [None] * 2
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_gpt_oss_stretches_its_context_unless_it_says_otherwise(tiny, key):
+    rest = {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "architectures": ["GptOssForCausalLM"],
+    }
+    tiny.write_config(**rest, rope_theta=...)
+    own = GptOssConfig().rope_parameters
+    rope = read_config(tiny.directory).layers[0].rope
+    assert rope.theta == own["rope_theta"]
+    assert isinstance(rope.scaling, YarnRope)
+    assert rope.scaling.factor == own["factor"]
+    assert rope.scaling.original_context == own["original_max_position_embeddings"]
+    assert (rope.scaling.beta_fast, rope.scaling.beta_slow) == (own["beta_fast"], own["beta_slow"])
+    assert rope.scaling.truncate == own["truncate"]
+    tiny.write_config(**rest, **{key: None})
+    assert read_config(tiny.directory).layers[0].rope.scaling == rope.scaling
+    tiny.write_config(**rest, **{key: {"rope_type": "linear", "factor": 2.0}})
+    assert read_config(tiny.directory).layers[0].rope.scaling == LinearRope(2.0)

@@ -183,6 +183,14 @@ def test_paths(read, pattern, module, found):
             {"quant_method": "fp8", "weight_block_size": [8]},
             "weight_block_size is [8], must be two",
         ),
+        (
+            compressed(inputs=DYNAMIC),
+            "config_groups.group_0.input_activations.type 'float' is not supported with weights of",
+        ),
+        (
+            compressed("float-quantized", FP8, DYNAMIC | {"type": "int"}),
+            "input_activations.type 'int' is not supported with weights of 'float'",
+        ),
         (compressed(config_groups={}), "config_groups is missing or empty"),
         (
             compressed(config_groups={"W4A16": ["Linear"]}),

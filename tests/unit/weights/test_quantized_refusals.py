@@ -39,6 +39,13 @@ def retype(suffix: str, dtype: torch.dtype):
     return edit
 
 
+def add(suffix: str):
+    def edit(example: Example) -> None:
+        example.tensors[f"{MODULE}.{suffix}"] = torch.zeros(1, dtype=torch.int32)
+
+    return edit
+
+
 def option(key: str, value: object):
     def edit(example: Example) -> None:
         group = example.config.get("config_groups", {}).get("group_0", {}).get("weights")
@@ -81,6 +88,8 @@ REFUSED = [
     ("fp8 static", drop("input_scale"), "input_scale' is missing"),
     ("int8", retype("weight", torch.float8_e4m3fn), "weight' is of type F8_E4M3, expected I8"),
     ("int8 with zeros", drop("weight_zero_point"), "weight_zero_point' is missing"),
+    ("packed", option("symmetric", True), "weight_zero_point' is stored, though the config says"),
+    ("int8", add("weight_zero_point"), "that its weights are symmetric: true"),
     ("modelopt", drop("input_scale"), "input_scale' is missing, the model needs it of shape ()"),
     ("modelopt", reshape("weight_scale", 24, 1), "(24, 1), the model needs (1, 1) or (1,) or ()"),
 ]  # fmt: skip
@@ -113,6 +122,10 @@ def fill(suffix: str, value: float):
         ("gptq", fill("g_idx", -7), "g_idx' does not put 16 columns in each of 4 groups"),
         ("packed act-order", fill("weight_g_idx", 1 << 30), "does not put 16 columns in each of 4"),
         ("packed", fill("weight_shape", 64), "holds (64, 64), the model needs (13, 64)"),
+        ("gptq", fill("scales", float("nan")), "scales' has numbers that are not finite"),
+        ("awq", fill("scales", float("inf")), "scales' has numbers that are not finite"),
+        ("packed", fill("weight_scale", float("nan")), "weight_scale' has numbers that are not"),
+        ("fp8 blocks", fill("weight_scale", float("-inf")), "weight_scale' has numbers that are"),
         ("fp8 static", fill("input_scale", 0), "input_scale' is 0.0, expected a positive number"),
         ("fp8 static", fill("input_scale", float("nan")), "is nan, expected a positive number"),
     ],
@@ -157,6 +170,30 @@ def test_mxfp4_refused(tmp_path, rng, suffix, change, expected):
     with pytest.raises(CheckpointError) as caught:
         example.save(tmp_path).find(example.source)
     assert expected in caught.value.message
+
+
+def test_mxfp4_scales_are_numbers(tmp_path, rng):
+    example = packing.mxfp4(rng)
+    example.tensors[f"{example.name}_scales"][example.index, 0, 0] = 255
+    matrix = example.save(tmp_path).find(example.source)
+    with pytest.raises(CheckpointError, match="_scales' has numbers that are not finite"):
+        matrix.read(torch.float32)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_smoothing_divides(tmp_path, rng, value):
+    example = EXAMPLES["packed"](rng)
+    example.tensors[f"{MODULE}.input_smoothing"] = torch.full((64,), value)
+    matrix = example.save(tmp_path).find(example.source)
+    with pytest.raises(CheckpointError, match="input_smoothing' has numbers that are not"):
+        matrix.read(torch.float32)
+
+
+def test_gptq_zeros_are_those_stored_whatever_sym_says(tmp_path, rng):
+    example = EXAMPLES["gptq"](rng)
+    example.config["sym"] = True
+    got = example.save(tmp_path).read(example.source).dequantize(torch.float32)
+    assert torch.equal(got, example.weight)
 
 
 def test_mxfp4_of_odd_width(tmp_path, rng):
