@@ -28,6 +28,7 @@ from opentelemetry.util.types import AttributeValue
 SCOPE = "splitserve"
 EXPORT_DELAY_S = 0.5
 EXPORT_TIMEOUT_S = 2.0
+GIVE_UP_S = 0.5
 SHUTDOWN_TIMEOUT_S = 2.0
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -40,6 +41,7 @@ class Tracing:
 
     tracer: Tracer
     provider: TracerProvider | None = None
+    exporter: SpanExporter | None = None
 
     @classmethod
     def off(cls) -> Tracing:
@@ -80,10 +82,13 @@ class Tracing:
         if self.provider is None:
             return
         # The provider waits for the exporter's retries, which are longer than anyone waits for
-        # a process to end; the thread is a daemon, so that the process may leave it behind.
+        # a process to end. After the timeout the exporter is told to give them up.
         worker = threading.Thread(target=self.provider.shutdown, name="trace-flush", daemon=True)
         worker.start()
         worker.join(timeout_s)
+        if worker.is_alive() and self.exporter is not None:
+            self.exporter.shutdown()
+            worker.join(GIVE_UP_S)
 
 
 def setup_tracing(
@@ -122,7 +127,7 @@ def setup_tracing(
     )
     if of_process and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         trace.set_tracer_provider(provider)
-    return Tracing(provider.get_tracer(SCOPE), provider)
+    return Tracing(provider.get_tracer(SCOPE), provider, exporter)
 
 
 class _QuietExporter(SpanExporter):

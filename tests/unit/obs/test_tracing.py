@@ -116,6 +116,7 @@ def test_unreachable_collector_neither_slows_nor_spams(caplog: pytest.LogCapture
     assert worked_s < 3.0
     assert ended_s < 2.0
     assert len(caplog.records) <= 1, [record.getMessage() for record in caplog.records]
+    assert "trace-flush" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_of_process_is_off_until_set_up() -> None:
