@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import Any, get_args
 
 from splitserve.client import DEFAULT_TIMEOUT_S, Client
+from splitserve.engine.factory import Quantization
 from splitserve.errors import ConfigError
 from splitserve.rpc.tls import TlsConfig, split_address
 from splitserve.sampling import SamplingParams
 
-QUANTIZATIONS = ("none", "fp8", "int8", "int8-smooth", "int4", "int4-awq")
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 API_KEY_VARIABLE = "SPLITSERVE_API_KEY"
 
 

@@ -27,11 +27,6 @@ class Shard:
                 f"0 to {self.size - 1}"
             )
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether there is nothing to share out."""
-        return self.size == 1
-
     def span(self, count: int, what: str, multiple: int = 1) -> range:
         """This rank's equal part of `count` rows, columns or heads, called `what` in errors.
 
@@ -91,7 +86,3 @@ class Shard:
         The ranks' parts differ by one at most; a rank beyond `count` has none.
         """
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
-
-
-WHOLE = Shard()
-"""Everything on one rank."""

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.errors import ConfigError
-from splitserve.parallel.shard import WHOLE, Shard
+from splitserve.parallel.shard import Shard
 
 SIZES = st.integers(1, 16)
 
@@ -59,9 +59,8 @@ def test_few_kv_heads_are_replicated() -> None:
 
 
 def test_one_rank_has_everything() -> None:
-    assert WHOLE.is_whole
-    assert WHOLE.query_heads(9, 3) == range(9)
-    assert WHOLE.padded_span(49152) == range(49152)
+    assert Shard().query_heads(9, 3) == range(9)
+    assert Shard().padded_span(49152) == range(49152)
 
 
 @pytest.mark.parametrize(
