@@ -16,7 +16,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from splitserve.engine.protocol import Draw, Engine, LayersDone, Slice
+from splitserve.engine.protocol import (
+    DRAWN,
+    AsyncEngine,
+    Draw,
+    DrawnToken,
+    Engine,
+    Launched,
+    LayersDone,
+    Slice,
+)
 from splitserve.engine.scheduler import Chunk, Scheduler
 from splitserve.engine.sequence import Sequence, SequenceOutput, State, StepListener
 from splitserve.errors import InvalidRequest, Overloaded, SplitserveError, Unavailable
@@ -57,6 +66,25 @@ class CoreStats:
     stuck_s: float
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """A step of an engine that computes while it is called."""
+
+    drawn: list[list[DrawnToken]]
+
+    def tokens(self) -> list[list[DrawnToken]]:
+        return self.drawn
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that was launched and not read."""
+
+    chunks: list[Chunk]
+    began: float
+    launched: Launched
+
+
 class EngineCore:
     """Owns the scheduler and the pool, and is the only caller of `Engine.step`."""
 
@@ -80,6 +108,10 @@ class EngineCore:
         )
         self._news = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
+        self._launch = engine.launch if isinstance(engine, AsyncEngine) else self._step_engine
+        self._ahead = 1 if isinstance(engine, AsyncEngine) else 0
+        self._flights: deque[_Flight] = deque()
+        self._landed_at = 0.0
         self._live: dict[str, Sequence] = {}
         self._ids: set[str] = set()
         self._stopping = False
@@ -104,6 +136,7 @@ class EngineCore:
             self._news.notify()
         if self._thread:
             self._thread.join()
+        self._land(0)
         self._read_inbox()
         self._emit([self._end_by_stop(s) for s in list(self._live.values()) if s.is_live])
 
@@ -181,20 +214,23 @@ class EngineCore:
     # -- the loop ------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Admit, step, emit. False if there was nothing to compute."""
+        """Admit, launch, emit. False if there was nothing to compute and nothing to read.
+
+        On an `AsyncEngine` the step that is emitted is the one before the one launched: the device
+        has work while the host reads tokens, tells of them and plans.
+        """
+        landing = bool(self._flights)
         self._read_inbox()
         self._scheduler.admit()
         self._queued_tokens = self._scheduler.queued_tokens
+        if self._scheduler.may_preempt:
+            self._land(0)
         chunks = self._scheduler.plan()
         if chunks:
-            self._step_began = time.monotonic()
-            outputs = self._compute(chunks)
-            self._step_began = 0.0
-            self._steps += 1
-            self._emit(outputs)
-            self._queued_tokens = self._scheduler.queued_tokens
+            self._take_off(chunks)
+        self._land(self._ahead if chunks else 0)
         self._publish()
-        return bool(chunks)
+        return bool(chunks) or landing
 
     def _run(self) -> None:
         while not self._stopping:
@@ -214,27 +250,58 @@ class EngineCore:
         while self._inbox:
             self._inbox.popleft()()
 
-    def _compute(self, chunks: list[Chunk]) -> list[SequenceOutput]:
+    def _take_off(self, chunks: list[Chunk]) -> None:
         began = time.monotonic()
-        try:
-            drawn = self._engine.step(
-                [_slice(c) for c in chunks], _layers_done(chunks, self._block)
-            )
-        except Exception:
-            self._failed_steps += 1
-            log.exception("a forward pass over %d sequences failed", len(chunks))
-            return [self._fail(chunk.sequence) for chunk in chunks]
-        self._measure(chunks, time.monotonic() - began)
+        if not self._flights:
+            self._step_began = began
+        slices, layers_done = [_slice(c) for c in chunks], _layers_done(chunks, self._block)
         for chunk in chunks:
+            self._scheduler.launched(chunk)
+        try:
+            self._flights.append(_Flight(chunks, began, self._launch(slices, layers_done)))
+        except Exception:
+            self._end_step(self._fail(chunks))
+
+    def _land(self, most_in_flight: int) -> None:
+        """Read and emit the oldest steps until no more than so many are in flight."""
+        while len(self._flights) > most_in_flight:
+            flight = self._flights.popleft()
+            try:
+                drawn = flight.launched.tokens()
+            except Exception:
+                self._end_step(self._fail(flight.chunks))
+                continue
+            self._measure(flight)
+            self._end_step(self._book(flight.chunks, drawn))
+
+    def _book(self, chunks: list[Chunk], drawn: list[list[DrawnToken]]) -> list[SequenceOutput]:
+        outputs = []
+        for chunk, tokens in zip(chunks, drawn, strict=True):
+            self._scheduler.landed(chunk)
             if chunk.sequence.sink:
                 chunk.sequence.sink.blocks_done(*_whole_blocks(chunk, self._block))
-        return [
-            output
-            for chunk, tokens in zip(chunks, drawn, strict=True)
-            if (output := self._scheduler.apply(chunk, tokens))
-        ]
+            output = self._scheduler.apply(chunk, tokens)
+            if output:
+                outputs.append(output)
+            else:
+                self._forget_if_done(chunk.sequence)
+        return outputs
 
-    def _fail(self, sequence: Sequence) -> SequenceOutput:
+    def _end_step(self, outputs: list[SequenceOutput]) -> None:
+        self._landed_at = time.monotonic()
+        self._step_began = self._landed_at if self._flights else 0.0
+        self._steps += 1
+        self._emit(outputs)
+        self._queued_tokens = self._scheduler.queued_tokens
+
+    def _fail(self, chunks: list[Chunk]) -> list[SequenceOutput]:
+        self._failed_steps += 1
+        log.exception("a forward pass over %d sequences failed", len(chunks))
+        for chunk in chunks:
+            self._scheduler.landed(chunk)
+        return [self._fail_one(c.sequence) for c in chunks if c.sequence.is_live]
+
+    def _fail_one(self, sequence: Sequence) -> SequenceOutput:
         self._scheduler.remove(sequence)
         error = SplitserveError("the forward pass failed; the worker's log says why")
         return SequenceOutput(sequence, len(sequence.output), (), error=error)
@@ -279,8 +346,7 @@ class EngineCore:
         self._scheduler.add(sequence)
 
     def _forget_if_done(self, sequence: Sequence) -> None:
-        held = sequence.loading or sequence.exporting
-        if sequence.state is State.FINISHED and not held:
+        if sequence.state is State.FINISHED and not sequence.is_held:
             self._live.pop(sequence.id, None)
             with self._news:
                 self._ids.discard(sequence.id)
@@ -296,8 +362,13 @@ class EngineCore:
                 "lower max_tokens or give the worker a larger pool"
             )
 
-    def _measure(self, chunks: list[Chunk], seconds: float) -> None:
-        tokens = sum(c.count for c in chunks if c.count > 1)
+    def _step_engine(self, slices: list[Slice], layers_done: LayersDone | None) -> Launched:
+        return _Computed(self._engine.step(slices, layers_done))
+
+    def _measure(self, flight: _Flight) -> None:
+        """A step on a device begins when the one before has ended."""
+        seconds = time.monotonic() - max(flight.began, self._landed_at)
+        tokens = sum(c.count for c in flight.chunks if c.count > 1)
         if tokens and seconds > 0:
             rate, old = tokens / seconds, self._prefill_rate
             self._prefill_rate = rate if not old else old + _RATE_SMOOTHING * (rate - old)
@@ -309,10 +380,19 @@ def _slice(chunk: Chunk) -> Slice:
     if chunk.is_last:
         choices = range(sequence.prefill_choices) or (sequence.choice,)
         draws = [
-            Draw(sequence.params, sequence.seed, choice, sequence.prompt, sequence.output)
+            Draw(
+                sequence.params,
+                sequence.seed,
+                choice,
+                sequence.prompt,
+                sequence.output,
+                sequence.num_pending,
+            )
             for choice in choices
         ]
-    return Slice(sequence.tokens(chunk.start, chunk.end), chunk.start, sequence.pages, draws)
+    # The one token that may not be known is the one that the step before draws.
+    tokens = sequence.tokens(chunk.start, chunk.end) or [DRAWN]
+    return Slice(tokens, chunk.start, sequence.pages, draws, sequence.slot)
 
 
 def _whole_blocks(chunk: Chunk, block: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from splitserve.sampling import SamplingParams
 
@@ -61,8 +61,9 @@ class DrawnToken:
 class Draw:
     """One token to draw from a row of logits.
 
-    The draw depends on nothing but the logits, the parameters, the seed, the choice and
-    `len(output)`, so that it is the same on any worker and after any interruption.
+    The draw depends on nothing but the logits, the parameters, the seed, the choice and the
+    tokens before it, so that it is the same on any worker and after any interruption. `output` has
+    all of these but `num_pending`, which only the device knows yet.
     """
 
     params: SamplingParams
@@ -70,6 +71,16 @@ class Draw:
     choice: int
     prompt: Sequence[int]
     output: Sequence[int]
+    num_pending: int = 0
+
+    @property
+    def index(self) -> int:
+        """How many tokens of output are before this one."""
+        return len(self.output) + self.num_pending
+
+
+DRAWN = -1
+"""In `Slice.token_ids`: the token that the slot drew in the step before."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +90,30 @@ class Slice:
     Computes the KV of `token_ids` at positions [start, start + len(token_ids)), attending to
     everything before. `pages` covers positions [0, start + len(token_ids)). `draws` are taken
     from the last position's logits; a chunk that is not its prompt's last has none.
+
+    `slot` is the sequence's place in the batch while it runs, -1 where steps do not follow each
+    other. While it stays, `pages` is one object that only grows.
     """
 
     token_ids: Sequence[int]
     start: int
     pages: Sequence[int]
     draws: Sequence[Draw]
+    slot: int = -1
 
 
 LayersDone = Callable[[int, int], None]
-"""Called as `layers_done(first, end)` once the whole step's layers [first, end) are in the pool."""
+"""Called as `layers_done(first, end)` once the whole step's layers [first, end) are in the pool.
+From any thread; must not wait.
+"""
+
+
+class Launched(Protocol):
+    """A step that is being computed."""
+
+    def tokens(self) -> list[list[DrawnToken]]:
+        """Wait for the drawn tokens of each slice, in its draws' order. Raises what failed."""
+        ...
 
 
 class Engine(Protocol):
@@ -114,4 +139,17 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back what else than memory it holds. No method may be called after."""
+        ...
+
+
+@runtime_checkable
+class AsyncEngine(Engine, Protocol):
+    """An engine whose steps follow each other on a device while the host prepares the next."""
+
+    def launch(self, slices: Sequence[Slice], layers_done: LayersDone | None = None) -> Launched:
+        """Begin a step after those launched before. Slices may have `DRAWN` tokens.
+
+        A page that a launched step has part in must be neither exported nor inserted, nor given to
+        another sequence, before that step's tokens have been read.
+        """
         ...

@@ -25,11 +25,11 @@ class Sampler:
     """Draws for one model. Holds no state between calls."""
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
-        self._eos = sorted(eos_token_ids)
+        self._eos = eos_token_ids
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[DrawnToken]:
         """One token for each row of (draws, vocab_size) fp32 logits."""
-        if all(_is_plain_greedy(draw) for draw in draws):
+        if all(is_plain_greedy(draw) for draw in draws):
             return [DrawnToken(token) for token in logits.argmax(dim=-1).tolist()]
         return [self._draw_row(row, draw) for row, draw in zip(logits, draws, strict=True)]
 
@@ -43,16 +43,14 @@ class Sampler:
     def _adjust(self, row: Tensor, draw: Draw) -> Tensor:
         """Penalties and minimum length, on a copy if anything changes."""
         params = draw.params
-        too_short = len(draw.output) < params.min_tokens
-        if not params.has_penalties and not too_short:
+        never = forbidden(draw, self._eos)
+        if not params.has_penalties and not never:
             return row
         row = row.clone()
         if params.has_penalties:
             _penalise(row, draw)
-        if too_short:
-            forbidden = list(params.stop_token_ids)
-            forbidden += [] if params.ignore_eos else self._eos
-            row[forbidden] = -torch.inf
+        if never:
+            row[never] = -torch.inf
         return row
 
 
@@ -65,14 +63,23 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def _is_plain_greedy(draw: Draw) -> bool:
+def is_plain_greedy(draw: Draw) -> bool:
+    """Whether a draw is the likeliest token, and nothing else is asked."""
     params = draw.params
     return (
         params.greedy
         and params.logprobs is None
         and not params.has_penalties
-        and len(draw.output) >= params.min_tokens
+        and draw.index >= params.min_tokens
     )
+
+
+def forbidden(draw: Draw, eos_token_ids: frozenset[int]) -> list[int]:
+    """What would end an output that is too short, each token once."""
+    params = draw.params
+    if draw.index >= params.min_tokens:
+        return []
+    return sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
 
 
 def _penalise(row: Tensor, draw: Draw) -> None:
@@ -102,7 +109,7 @@ def _pick(row: Tensor, draw: Draw) -> int:
     if params.min_p:
         probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
     cumulative = probs.cumsum(dim=-1)
-    target = uniform(draw.seed, draw.choice, len(draw.output)) * float(cumulative[-1])
+    target = uniform(draw.seed, draw.choice, draw.index) * float(cumulative[-1])
     # The first token whose cumulative probability exceeds the target has a probability above 0.
     return int(torch.searchsorted(cumulative, target, right=True).clamp_(max=len(row) - 1))
 

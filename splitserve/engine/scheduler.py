@@ -9,6 +9,7 @@ its tokens. The scheduler never touches a tensor.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
@@ -22,21 +23,25 @@ from splitserve.kv.pool import PagePool, PoolFull
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next `count` tokens of a sequence, to be computed in this step."""
+    """The next `count` tokens of a sequence, to be computed in this step. After the last ones that
+    there are a token can be drawn.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    is_last: bool
 
     @property
     def end(self) -> int:
         """One past the last position."""
         return self.start + self.count
 
-    @property
-    def is_last(self) -> bool:
-        """Whether a token can be drawn after it."""
-        return self.end == self.sequence.num_tokens
+    @classmethod
+    def next_of(cls, sequence: Sequence, count: int) -> Chunk:
+        """The first `count` tokens that are not computed."""
+        start = sequence.num_computed
+        return cls(sequence, start, count, start + count == sequence.num_tokens)
 
 
 class Scheduler:
@@ -58,6 +63,7 @@ class Scheduler:
         self.loading: dict[str, Sequence] = {}
         self.ready: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._free_slots = list(range(max_batch))
         self.num_preemptions = 0
 
     @property
@@ -86,6 +92,13 @@ class Scheduler:
                 return
             self._start(self.waiting.popleft())
 
+    @property
+    def may_preempt(self) -> bool:
+        """Whether the next plan may take pages from a sequence. No step may be in flight then:
+        whose pages are taken must not be at work.
+        """
+        return self._pool.num_free < len(self.running)
+
     def plan(self) -> list[Chunk]:
         """Choose this step's chunks; every one has its pages."""
         budget = self._max_step_tokens
@@ -93,23 +106,41 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.num_uncomputed != 1 or sequence.state is not State.RUNNING:
                 continue
-            if self._grow(sequence):
-                chunks.append(Chunk(sequence, sequence.num_computed, 1))
+            if not sequence.draws_its_last and self._grow(sequence):
+                chunks.append(Chunk.next_of(sequence, 1))
                 budget -= 1
         for sequence in self.running:
             if sequence.num_uncomputed > 1:
                 count = self._chunk_size(sequence, budget)
                 if count == 0:
                     break
-                chunks.append(Chunk(sequence, sequence.num_computed, count))
+                chunks.append(Chunk.next_of(sequence, count))
                 budget -= count
         return chunks
 
-    def apply(self, chunk: Chunk, drawn: Seq[DrawnToken]) -> SequenceOutput | None:
-        """Book a computed chunk and its drawn tokens; return what is news to the user."""
+    def launched(self, chunk: Chunk) -> None:
+        """Book a chunk that is being computed: the next plan goes on from there."""
         sequence = chunk.sequence
         sequence.num_computed = chunk.end
-        self._register(sequence)
+        sequence.num_in_flight += 1
+        sequence.num_pending += chunk.is_last
+
+    def landed(self, chunk: Chunk) -> None:
+        """The step is over, for better or worse. A sequence that had ended before gives up its
+        pages here.
+        """
+        sequence = chunk.sequence
+        sequence.num_in_flight -= 1
+        sequence.num_pending -= chunk.is_last
+        if sequence.state is State.FINISHED and not sequence.is_held:
+            self._free(sequence)
+
+    def apply(self, chunk: Chunk, drawn: Seq[DrawnToken]) -> SequenceOutput | None:
+        """Book a landed chunk's drawn tokens; return what is news to the user."""
+        sequence = chunk.sequence
+        if sequence.state is State.FINISHED:
+            return None
+        self._register(sequence, chunk.end)
         if not drawn:
             return None
         if not sequence.first_token_ns:
@@ -128,12 +159,13 @@ class Scheduler:
         """The source is done with the pages; the first `num_blocks` it was given are filled."""
         sequence.loading = False
         if sequence.state is State.FINISHED:
-            self._free(sequence)
+            if not sequence.is_held:
+                self._free(sequence)
             return
         tokens = sequence.num_computed + num_blocks * self._spec.block_tokens
         sequence.num_computed = max(sequence.num_computed, min(tokens, len(sequence.prompt)))
         sequence.num_cached = sequence.num_computed
-        self._register(sequence)
+        self._register(sequence, sequence.num_computed)
         self._run_if_ready(sequence)
 
     def first_token(self, sequence: Sequence, token_id: int) -> None:
@@ -153,15 +185,15 @@ class Scheduler:
         elif sequence.state is State.READY:
             self.ready.remove(sequence)
         elif sequence.state is State.RUNNING:
-            self.running.remove(sequence)
+            self._leave(sequence)
         sequence.state = State.FINISHED
-        if not sequence.loading and not sequence.exporting:
+        if not sequence.is_held:
             self._free(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """The sink is done with the pages of a finished prefill."""
         sequence.exporting = False
-        if sequence.state is State.FINISHED and not sequence.loading:
+        if sequence.state is State.FINISHED and not sequence.is_held:
             self._free(sequence)
 
     # -- placing -------------------------------------------------------------------------------
@@ -235,12 +267,19 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING
+        sequence.slot = heapq.heappop(self._free_slots)
         self.running.append(sequence)
         if sequence.sink:
             sequence.exporting = True
             block = self._spec.block_tokens
             keys = chain_keys(self._root(sequence), sequence.prompt, block)
             sequence.sink.begin(keys, tuple(sequence.pages), sequence.num_computed // block)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Give up the place in the batch. The lowest is given first, so that the batch is dense."""
+        self.running.remove(sequence)
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.slot = -1
 
     def _root(self, sequence: Sequence) -> bytes:
         return root_key(self._spec.fingerprint, sequence.cache_salt)
@@ -260,7 +299,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        self._leave(sequence)
         self._free(sequence)
         sequence.num_computed = 0
         sequence.state = State.WAITING
@@ -276,16 +315,17 @@ class Scheduler:
 
     # -- booking -------------------------------------------------------------------------------
 
-    def _register(self, sequence: Sequence) -> None:
+    def _register(self, sequence: Sequence, num_computed: int) -> None:
         """Offer every block that is full and computed by now for reuse."""
         block = self._spec.block_tokens
-        for index in range(sequence.num_registered, sequence.num_computed // block):
+        full = num_computed // block
+        for index in range(sequence.num_registered, full):
             if index >= len(sequence.keys):
                 parent = sequence.keys[-1] if sequence.keys else self._root(sequence)
                 tokens = sequence.tokens(index * block, (index + 1) * block)
                 sequence.keys.append(child_key(parent, tokens))
             self._pool.register(sequence.pages[index], sequence.keys[index])
-        sequence.num_registered = max(sequence.num_registered, sequence.num_computed // block)
+        sequence.num_registered = max(sequence.num_registered, full)
 
     def _append(self, sequence: Sequence, token: DrawnToken) -> SequenceOutput:
         sequence.output.append(token.token_id)
@@ -299,9 +339,9 @@ class Scheduler:
         reasons = tuple(
             sequence.params.finish_after(t.token_id, 1, self._spec.eos_token_ids) for t in drawn
         )
-        self.running.remove(sequence)
+        self._leave(sequence)
         sequence.state = State.FINISHED
-        if not sequence.exporting:
+        if not sequence.is_held:
             self._free(sequence)
         return SequenceOutput(sequence, 0, tuple(drawn), prefill_done=True, finish_reasons=reasons)
 

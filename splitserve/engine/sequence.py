@@ -86,6 +86,10 @@ class Sequence:
     `EngineCore.first_token` brings the token that a prefill worker drew. `prefill_choices > 0`
     makes it a prefill: that many first tokens are drawn from the prompt's last position, and the
     pages are kept until `EngineCore.release`.
+
+    A running sequence has a `slot`, its place in the batch. `num_in_flight` counts the launched
+    steps it has part in whose tokens have not been read back, `num_pending` the tokens among
+    `num_tokens` that these draw.
     """
 
     id: str
@@ -108,6 +112,9 @@ class Sequence:
     num_registered: int = 0
     loading: bool = False
     exporting: bool = False
+    slot: int = -1
+    num_in_flight: int = 0
+    num_pending: int = 0
     num_preemptions: int = 0
     submitted_ns: int = field(default_factory=time.time_ns)
     scheduled_ns: int = 0
@@ -119,9 +126,22 @@ class Sequence:
         return self.state is not State.FINISHED
 
     @property
+    def is_held(self) -> bool:
+        """Whether somebody may still touch its pages, ended or not."""
+        return self.loading or self.exporting or self.num_in_flight > 0
+
+    @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
-        return len(self.prompt) + len(self.output)
+        """Prompt and output tokens so far, those being drawn included."""
+        return len(self.prompt) + len(self.output) + self.num_pending
+
+    @property
+    def draws_its_last(self) -> bool:
+        """Whether a token that is being drawn is certain to be the last."""
+        if not self.num_pending:
+            return False
+        most, drawn = self.params.max_tokens, len(self.output) + self.num_pending
+        return bool(self.prefill_choices) or (most is not None and drawn >= most)
 
     @property
     def num_uncomputed(self) -> int:
@@ -129,7 +149,7 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Tokens at positions [start, end)."""
+        """Tokens at positions [start, end), as far as they are known."""
         split = len(self.prompt)
         if end <= split:
             return self.prompt[start:end]
