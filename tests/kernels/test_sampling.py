@@ -1,0 +1,153 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from splitserve_kernels.sampling import logprobs, sample, sample_reference
+from torch import Tensor
+
+from splitserve.engine import sampler
+from splitserve.engine.protocol import Draw
+from splitserve.sampling import SamplingParams
+
+FP32 = torch.float32
+
+
+def row_of(kind: str, vocab: int) -> Tensor:
+    """Logits, fp32."""
+    if kind == "flat":
+        return torch.randn(vocab) * 0.1
+    if kind == "ties":
+        return torch.randint(-3, 3, (vocab,)).float()
+    if kind == "peaked":
+        return torch.randn(vocab) * 8
+    row = torch.randn(vocab) * 2
+    row[torch.rand(vocab) < 0.5] = -torch.inf
+    row[vocab // 2] = 1.0
+    return row
+
+
+def boundaries(row: Tensor, params: SamplingParams) -> Tensor:
+    """Where uniforms change the token: the sampler's cumulative distribution, scaled to 1."""
+    probs = torch.softmax((row.double() - row.max()) / params.temperature, dim=-1)
+    if params.top_k or params.top_p < 1.0:
+        probs = sampler._truncate(probs, params.top_k, params.top_p)
+    probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
+    return probs.cumsum(-1) / probs.sum()
+
+
+def tensors(params: list[SamplingParams]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.tensor([p.temperature for p in params], dtype=FP32),
+        torch.tensor([p.top_k for p in params], dtype=torch.int32),
+        torch.tensor([p.top_p for p in params], dtype=FP32),
+        torch.tensor([p.min_p for p in params], dtype=FP32),
+    )
+
+
+def fp32(number: float) -> float:
+    return float(torch.tensor(number, dtype=FP32))
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.25, 0.7, 1.0, 3.0]).map(fp32),
+    top_k=st.sampled_from([0, 0, 1, 2, 50, 300, 10**6]),
+    top_p=st.sampled_from([1.0, 1.0, 1e-6, 0.3, 0.71, 0.951]).map(fp32),
+    min_p=st.sampled_from([0.0, 0.0, 0.013, 0.31, 1.0]).map(fp32),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    params=st.lists(PARAMS, min_size=1, max_size=3),
+    kinds=st.lists(
+        st.sampled_from(["flat", "ties", "peaked", "forbidden"]), min_size=3, max_size=3
+    ),
+    vocab=st.sampled_from([1, 3, 100, 2000, 20011]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_equals_the_sampler(
+    params: list[SamplingParams], kinds: list[str], vocab: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    rows = [row_of(kind, vocab).to(dtype) for kind, _ in zip(kinds, params, strict=False)]
+    draws = [Draw(p, seed, i, [0], ()) for i, p in enumerate(params)]
+    uniforms = [sampler.uniform(d.seed, d.choice, 0) for d in draws]
+    tokens = sample(torch.stack(rows), *tensors(params), torch.tensor(uniforms).double())
+    expected = sampler.Sampler(frozenset()).draw(torch.stack(rows).float(), draws)
+    for i, (row, p, drawn) in enumerate(zip(rows, params, expected, strict=True)):
+        if not p.greedy:
+            distance = boundaries(row.float(), p) - uniforms[i]
+            if distance.abs().min() < 1e-5:
+                continue
+            # A nucleus that ends within rounding of its share may be a token larger.
+            wider = [
+                SamplingParams(
+                    temperature=p.temperature,
+                    top_k=p.top_k,
+                    min_p=p.min_p,
+                    top_p=min(1.0, p.top_p * (1 + s)),
+                )
+                for s in (-1e-5, 1e-5)
+            ]
+            if p.top_p < 1.0 and not torch.equal(*(boundaries(row.float(), w) for w in wider)):
+                continue
+        assert int(tokens[i]) == drawn.token_id
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Uniforms over the whole of [0, 1) give each token its share."""
+    count = 400
+    logits = torch.tensor([0.5, 0.1, 0.25, 0.15]).log().repeat(count, 1)
+    uniforms = (torch.arange(count) + 0.5).double() / count
+    params = tensors([SamplingParams()] * count)
+    tokens = sample(logits, *params, uniforms)
+    assert tokens.bincount().tolist() == [200, 40, 100, 60]
+    assert torch.equal(tokens, tokens.sort().values)
+    assert torch.equal(tokens, sample_reference(logits, *params, uniforms))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "drawn"),
+    [(3, 1.0, {0, 1, 2}), (0, 0.29, {0, 1, 2}), (5, 0.5, {0, 1, 2}), (5, 0.21, {0, 1})],
+)
+def test_of_equal_logits_the_first_are_kept(top_k: int, top_p: float, drawn: set[int]) -> None:
+    uniforms = torch.arange(0, 1, 1 / 16).double()
+    params = tensors([SamplingParams(top_k=top_k, top_p=top_p)] * len(uniforms))
+    tokens = sample(torch.zeros(len(uniforms), 10), *params, uniforms)
+    assert set(tokens.tolist()) == drawn
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_extreme_logits(top_p: float) -> None:
+    most = torch.finfo(FP32).max
+    logits = torch.full((2, 9000), -torch.inf)
+    logits[0, 8500] = -most
+    logits[1, :] = most / 2
+    params = tensors([SamplingParams(temperature=1e-30, top_p=top_p, top_k=4500)] * 2)
+    tokens = sample(logits, *params, torch.tensor([0.9999, 0.0]).double())
+    assert tokens.tolist() == [8500, 0]
+
+
+def test_logprobs_equal_the_sampler() -> None:
+    logits = torch.randn(3, 50)
+    drawn = sampler.Sampler(frozenset()).draw(
+        logits, [Draw(SamplingParams(temperature=0, logprobs=4), 0, 0, [0], ())] * 3
+    )
+    tokens = torch.tensor([d.token_id for d in drawn])
+    own, top, top_tokens = logprobs(logits, tokens, 4)
+    for i, d in enumerate(drawn):
+        assert d.logprob is not None
+        assert math.isclose(float(own[i]), d.logprob, abs_tol=1e-6)
+        assert [entry.token_id for entry in d.top] == top_tokens[i].tolist()
+        assert top[i].tolist() == pytest.approx([entry.logprob for entry in d.top], abs=1e-6)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocabulary"):
+        sample(torch.zeros(1, 300000), *tensors([SamplingParams()]), torch.zeros(1))
+    with pytest.raises(ValueError, match="parameters"):
+        sample(torch.zeros(2, 300), *tensors([SamplingParams()]), torch.zeros(1))
