@@ -34,7 +34,7 @@ def measure(case: Any, parity: Any, directory: Path) -> dict[str, object]:
         "case": case.name,
         "greedy_equal": tokens == parity.greedy_from(expected, len(prompt)),
         "max_logit_error": float((found - expected).abs().max()),
-        "attention": type(engine._attention).__name__,
+        "engine": type(engine).__name__,
     }
 
 

@@ -26,7 +26,14 @@ from tqdm import tqdm
 
 from splitserve.chat import ChatTemplate
 from splitserve.engine.core import CoreConfig, CoreStats, EngineCore
-from splitserve.engine.factory import EngineConfig, KvChoice, Quantization, open_engine
+from splitserve.engine.factory import (
+    EngineConfig,
+    KvChoice,
+    LoadFormat,
+    Quantization,
+    open_engine,
+    step_sizes,
+)
 from splitserve.engine.protocol import Engine
 from splitserve.errors import InvalidRequest
 from splitserve.llm_request import Request, dispatch
@@ -52,11 +59,14 @@ class LLM:
     prompt, parameters and seed. `skip_tokenizer_init=True` serves a checkpoint that has no
     tokenizer; prompts are then token ids and outputs have no text.
 
+    `load_format="dummy"` draws random weights of the shape that the model's config.json says.
     `quantization` quantises plain weights while they are loaded (fp8, int8, int8-smooth, int4 or
-    int4-awq)
-    and `kv_dtype` keys and values (fp8 or int8). `tensor_parallel_size` shares the model out
-    over so many processes, on GPUs one each; `pool_bytes` and `threads` are each one's. They end
-    with this object, and if one of them dies, this process ends with one line that says so.
+    int4-awq) and `kv_dtype` keys and values (fp8 or int8). `tensor_parallel_size` shares the model
+    out over so many processes, on GPUs one each; `pool_bytes` and `threads` are each one's. The
+    processes end with this object, and if one of them dies, this process ends with one line that
+    says so. Without `pool_bytes` the KV pool has 1 GiB on a CPU and, on a GPU, what the weights
+    leave of `gpu_memory_utilization` of its memory. A step has up to `max_batch` sequences and
+    `max_step_tokens` tokens, by default 64 and 512 on a CPU, 256 and 8192 on a GPU.
 
     Raises `CheckpointError` or `ConfigError`, one line that says what is wrong.
     """
@@ -67,32 +77,40 @@ class LLM:
         *,
         device: str = "cpu",
         dtype: str = "auto",
+        load_format: LoadFormat = "auto",
         quantization: Quantization = "none",
         kv_dtype: KvChoice = "auto",
         tensor_parallel_size: int = 1,
         deterministic: bool = False,
         threads: int = 0,
-        pool_bytes: int = 1 << 30,
+        pool_bytes: int = 0,
+        gpu_memory_utilization: float = 0.9,
         block_tokens: int = 16,
         max_context_tokens: int = 0,
-        max_batch: int = 64,
-        max_step_tokens: int = 512,
+        max_batch: int | None = None,
+        max_step_tokens: int | None = None,
         reuse_prefixes: bool = True,
         skip_tokenizer_init: bool = False,
         show_progress: bool = False,
     ) -> None:
+        sizes = step_sizes(device)
+        max_batch = max_batch or sizes.max_batch
+        max_step_tokens = max_step_tokens or sizes.max_step_tokens
         engine_config = EngineConfig(
             model=str(model),
             device=device,
             dtype=dtype,
+            load_format=load_format,
             quantization=quantization,
             kv_dtype=kv_dtype,
             tensor_parallel_size=tensor_parallel_size,
             deterministic=deterministic,
             threads=threads,
             pool_bytes=pool_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
             block_tokens=block_tokens,
             max_context_tokens=max_context_tokens,
+            max_batch=max_batch,
         )
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_checkpoint(model)
         self._template = None if skip_tokenizer_init else ChatTemplate.from_checkpoint(model)

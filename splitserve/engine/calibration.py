@@ -18,8 +18,9 @@ from splitserve.engine.page_memory import open_page_memory
 from splitserve.engine.protocol import Slice
 from splitserve.errors import CheckpointError
 from splitserve.kv.page_shape import PageShape
-from splitserve.models.decoder import Block
+from splitserve.models.decoder import Block, Residual
 from splitserve.models.layers.embedding import Embedding
+from splitserve.models.layers.rotary import Rotation
 from splitserve.models.linear import Linear, MakeLinear
 from splitserve.quant.matrix import QuantizedMatrix, Weight
 from splitserve.quant.scales import InputSeen
@@ -80,13 +81,17 @@ def _run(block: Block, hidden: Tensor) -> Tensor:
     attend_paged = BatchedAttention(memory, [block.rules])
     batch = build_batch([Slice(range(tokens), 0, [0], ())], memory, device)
 
-    def attend(_: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        _: int, queries: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None
+    ) -> Tensor:
+        if rotary and rotation:
+            queries, keys = rotary.turn(queries, rotation), rotary.turn(keys, rotation)
         memory.write(0, batch.kv_rows, keys.float(), values.float())
         return attend_paged(0, queries.float(), batch).to(queries.dtype)
 
     rotary = attention.rotary
     rotation = rotary.rotation(batch.positions) if rotary else None
-    return block(hidden, rotation, attend)
+    return block(Residual(hidden), rotation, attend).total()
 
 
 class _Recorder:

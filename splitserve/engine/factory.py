@@ -6,10 +6,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias, TypeVar
 
 from splitserve.engine.fake import FakeEngine
+from splitserve.engine.fake_shared import SharedFakeEngine
 from splitserve.engine.protocol import Engine
 from splitserve.engine.threads import yield_cores_when_waiting
 from splitserve.errors import ConfigError
@@ -20,7 +21,10 @@ from splitserve.parallel.rendezvous import (
 )
 
 Quantization: TypeAlias = Literal["none", "fp8", "int8", "int8-smooth", "int4", "int4-awq"]
+LoadFormat: TypeAlias = Literal["auto", "dummy"]
 KvChoice: TypeAlias = Literal["auto", "fp8", "int8"]
+
+CPU_POOL_BYTES: Final = 1 << 30
 
 _T = TypeVar("_T")
 
@@ -29,27 +33,47 @@ _T = TypeVar("_T")
 class EngineConfig:
     """What an engine is opened with.
 
+    `load_format` "dummy" draws random weights of the shape that `model`'s config.json says.
     `quantization` is what plain weights are quantised to while loading; a checkpoint that is
     quantised already needs none. `kv_dtype` is what keys and values are kept in, `auto` for the
     model's own type. `pool_bytes` is the size of the KV pool of each of `tensor_parallel_size`
-    ranks, and `threads` compute in each; 0 leaves the choice to torch.
+    ranks, 0 for 1 GiB on a CPU and, on a GPU, what is left of `gpu_memory_utilization` of its
+    memory. `threads` compute in each rank; 0 leaves the choice to torch. `max_batch` is the most
+    sequences of a step.
     In deterministic mode a sequence's tokens and log-probabilities are the same bits in any
     batch, chunking, worker and after any interruption, at some cost in speed.
     """
 
     kind: Literal["torch", "fake"] = "torch"
     model: str = ""
+    load_format: LoadFormat = "auto"
     device: str = "cpu"
     dtype: str = "auto"
     quantization: Quantization = "none"
     kv_dtype: KvChoice = "auto"
-    pool_bytes: int = 1 << 30
+    pool_bytes: int = 0
+    gpu_memory_utilization: float = 0.9
     block_tokens: int = 16
     max_context_tokens: int = 0
+    max_batch: int = 64
     deterministic: bool = False
     tensor_parallel_size: int = 1
     threads: int = 0
     fake_step_ms: float = 0.0
+    fake_shares_pages: bool = False
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The most sequences and the most tokens of a step, where nobody says otherwise."""
+
+    max_batch: int
+    max_step_tokens: int
+
+
+def step_sizes(device: str) -> StepSizes:
+    """What keeps a device of this kind busy."""
+    return StepSizes(256, 8192) if device.startswith("cuda") else StepSizes(64, 512)
 
 
 def open_engine(
@@ -63,6 +87,8 @@ def open_engine(
     if parallel is None:
         size = config.tensor_parallel_size
         parallel = read_parallel_config(ParallelSettings(tensor_parallel_size=size), {})
+    if not config.pool_bytes and (config.kind == "fake" or config.device == "cpu"):
+        config = replace(config, pool_bytes=CPU_POOL_BYTES)
     if config.kind == "fake" or config.device == "cpu":
         _check_fits_memory(config.pool_bytes, parallel.local_size)
     if config.kind == "fake":
@@ -91,7 +117,8 @@ def in_own_thread(load: Callable[[], _T]) -> _T:
 def _open_fake(config: EngineConfig) -> Engine:
     layers = 4
     page = layers * config.block_tokens * 8
-    return FakeEngine(
+    engine = SharedFakeEngine if config.fake_shares_pages else FakeEngine
+    return engine(
         num_pages=max(1, config.pool_bytes // page),
         num_layers=layers,
         block_tokens=config.block_tokens,

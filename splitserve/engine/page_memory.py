@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
@@ -22,6 +23,19 @@ _SCALES_TRIED: Final = 8
 _MOST_CODE: Final[Mapping[str, float]] = {"fp8": 448.0, "int8": 127.0}
 
 
+@dataclass(frozen=True)
+class PagedKv:
+    """One layer's keys and values where they are: views of shape (pages, block_tokens, kv_heads,
+    head_dim), of which only the last dimension is contiguous. Codes of 8 bits have scales, (pages,
+    block_tokens, kv_heads, 1) bfloat16.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
 class PageMemory(Protocol):
     """Writes, gathers, exports and inserts pages by number."""
 
@@ -32,6 +46,9 @@ class PageMemory(Protocol):
 
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put (tokens, kv_heads, head_dim) keys and values at `rows` of `layer`."""
+
+    def layers(self) -> list[PagedKv]:
+        """Each layer's keys and values, for kernels that read them in place."""
 
     def gather(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole pages in the model's type: each (sequences, kv_heads,
@@ -95,11 +112,9 @@ class PlainPageMemory:
         self._token_rows.index_copy_(0, first, keys)
         self._token_rows.index_copy_(0, first + self.block_tokens, values)
 
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer where they are: views of shape (pages, block_tokens,
-        kv_heads, head_dim).
-        """
-        return [(self._pool[:, i, 0], self._pool[:, i, 1]) for i in range(self._layers)]
+    def layers(self) -> list[PagedKv]:
+        """See `PageMemory`."""
+        return [PagedKv(self._pool[:, i, 0], self._pool[:, i, 1]) for i in range(self._layers)]
 
     def gather(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor]:
         """See `PageMemory`."""
@@ -149,6 +164,10 @@ class QuantizedPageMemory:
             coded = self._encode(source, scale)
             codes.view(torch.uint8).index_put_(place, coded.view(torch.uint8))
             scales.index_put_(place, scale)
+
+    def layers(self) -> list[PagedKv]:
+        """See `PageMemory`."""
+        return [PagedKv(*sections) for sections in self._sections]
 
     def gather(self, layer: int, page_table: Tensor) -> tuple[Tensor, Tensor]:
         """See `PageMemory`."""

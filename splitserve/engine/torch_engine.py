@@ -13,6 +13,7 @@ from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.engine.sampler import Sampler
 from splitserve.models.decoder import Decoder
+from splitserve.models.layers.rotary import Rotation
 from splitserve.parallel.group import Group
 
 
@@ -89,7 +90,9 @@ class TorchEngine:
         self._group.close()
 
     def _forward(self, batch: StepBatch, layers_done: LayersDone | None) -> Tensor:
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def attend(
+            layer: int, queries: Tensor, keys: Tensor, values: Tensor, _: Rotation | None
+        ) -> Tensor:
             self._memory.write(layer, batch.kv_rows, keys, values)
             return self._attention(layer, queries, batch)
 

@@ -1,32 +1,40 @@
-"""Builds a `TorchEngine` from a checkpoint."""
+"""Builds an engine that computes a model from a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import torch
 from tqdm import tqdm
 
-from splitserve.engine.attention import Attention, BatchedAttention, RowwiseAttention
+from splitserve.engine.attention import BatchedAttention, RowwiseAttention
 from splitserve.engine.factory import EngineConfig, layout_fingerprint, pages_in
-from splitserve.engine.page_memory import PageMemory, PlainPageMemory, open_page_memory
+from splitserve.engine.page_memory import open_page_memory
 from splitserve.engine.protocol import EngineSpec
 from splitserve.engine.quantization import quantizing, recipe
 from splitserve.engine.torch_engine import TorchEngine
 from splitserve.errors import ConfigError
 from splitserve.kv.page_shape import KvDtype, PageShape
+from splitserve.models.backend import Backend, TorchBackend
 from splitserve.models.config import ModelConfig
 from splitserve.models.decoder import Block
 from splitserve.models.layers.embedding import Embedding
-from splitserve.models.layers.self_attention import AttentionRules
 from splitserve.models.linear import choose_products
 from splitserve.models.load import Loader
 from splitserve.parallel.group import Group, SingleGroup
-from splitserve.weights.checkpoint import open_checkpoint
+from splitserve.weights.checkpoint import Checkpoint, open_checkpoint
+from splitserve.weights.dummy_checkpoint import DummyCheckpoint
+
+if TYPE_CHECKING:
+    from splitserve.engine.cuda.engine import CudaEngine
+
+ModelEngine: TypeAlias = "TorchEngine | CudaEngine"
 
 _LAYER_GROUPS = 2
+_MOST_HEAD_DIM = 256
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES: Mapping[torch.dtype, KvDtype] = {
     torch.float32: "float32",
@@ -37,25 +45,74 @@ _KV_DTYPES: Mapping[torch.dtype, KvDtype] = {
 
 def open_torch_engine(
     config: EngineConfig, group: Group | None = None, *, show_progress: bool
-) -> TorchEngine:
+) -> ModelEngine:
     """See `factory.open_engine`. `group` has the ranks that share the model."""
-    checkpoint = open_checkpoint(config.model)
-    shape = checkpoint.config
     device, dtype = parse_device(config.device), parse_dtype(config.dtype)
+    checkpoint = _open_weights(config, device)
+    shape = checkpoint.config
     group = group or SingleGroup()
+    on_kernels = device.type == "cuda" and not config.deterministic and _have_kernels(shape)
     products = choose_products(dtype, device, deterministic=config.deterministic)
     products, observers = quantizing(products, config.quantization, config.model)
-    loader = Loader(shape, checkpoint, products, group, dtype, device)
-    page = replace(page_shape(config, shape), num_kv_heads=loader.num_kv_heads)
-    num_pages = pages_in(config.pool_bytes, page.page_bytes)
-    spec = _spec(config, shape, checkpoint.identity(), group.size, num_pages)
+    backend = _triton_backend() if on_kernels else TorchBackend()
+    loader = Loader(shape, checkpoint, products, group, dtype, device, backend)
     with tqdm(
         total=shape.num_layers, desc="loading layers", unit="layer", disable=not show_progress
     ) as bar:
-        model = loader.load(spec.max_context_tokens, [*observers, _Progress(bar)])
+        model = loader.load(served_context(config, shape), [*observers, _Progress(bar)])
+    page = replace(page_shape(config, shape), num_kv_heads=loader.num_kv_heads)
+    num_pages = _num_pages(config, page.page_bytes, group, device)
+    spec = _spec(config, shape, checkpoint.identity(), group.size, num_pages)
     memory = open_page_memory(page, num_pages, dtype, device)
-    attention = _attention(memory, model.rules, device, shape, config.deterministic)
+    if on_kernels:
+        # Only machines with a GPU need triton.
+        from splitserve.engine.cuda.opening import open_cuda_engine
+
+        return open_cuda_engine(
+            spec, model, memory, group, max_batch=config.max_batch, show_progress=show_progress
+        )
+    attend = RowwiseAttention if config.deterministic else BatchedAttention
+    attention = attend(memory, model.rules)
     return TorchEngine(spec, model, memory, attention, group, threads=config.threads)
+
+
+def _open_weights(config: EngineConfig, device: torch.device) -> Checkpoint:
+    if config.load_format == "dummy":
+        return DummyCheckpoint(Path(config.model), device)
+    return open_checkpoint(config.model)
+
+
+def served_context(config: EngineConfig, shape: ModelConfig) -> int:
+    """The longest context, in tokens."""
+    context = shape.max_context_tokens
+    return min(context, config.max_context_tokens) if config.max_context_tokens else context
+
+
+def _have_kernels(shape: ModelConfig) -> bool:
+    return shape.attention.head_dim <= _MOST_HEAD_DIM
+
+
+def _triton_backend() -> Backend:
+    from splitserve.models.triton_backend import TritonBackend
+
+    return TritonBackend()
+
+
+def _num_pages(config: EngineConfig, page_bytes: int, group: Group, device: torch.device) -> int:
+    """Pages of the pool: as many on all ranks. Raises `ConfigError` if not one fits."""
+    if config.pool_bytes:
+        return pages_in(config.pool_bytes, page_bytes)
+    # What loading has left behind in the allocator is free.
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    room = free - int((1 - config.gpu_memory_utilization) * total)
+    if room < page_bytes:
+        raise ConfigError(
+            f"the weights leave {free >> 20} MiB of the GPU's {total >> 20} free, and "
+            f"gpu_memory_utilization {config.gpu_memory_utilization} no room for the KV pool"
+        )
+    pages = torch.tensor([[float(room // page_bytes)]], device=device)
+    return int(group.all_gather_columns(pages).min()) if group.size > 1 else int(pages)
 
 
 class _Progress:
@@ -81,9 +138,7 @@ def _spec(
     """
     page = page_shape(config, shape)
     deterministic = f"over {ranks}" if config.deterministic else "no"
-    context = shape.max_context_tokens
-    if config.max_context_tokens:
-        context = min(context, config.max_context_tokens)
+    context = served_context(config, shape)
     ropes = sorted(repr(rope) for rope in _frequencies(shape, context))
     weights = recipe(config.quantization, config.model, ranks)
     geometry = f"{parse_dtype(config.dtype)} {page} {weights} {deterministic} {ropes}"
@@ -113,30 +168,6 @@ def _frequencies(shape: ModelConfig, context: int) -> set[tuple[float, ...]]:
     """Keys are turned by these: engines of different ones must not share KV."""
     ropes = {layer.rope for layer in shape.layers if layer.rope}
     return {tuple(rope.inverse_frequencies(context).tolist()) for rope in ropes}
-
-
-def _attention(
-    memory: PageMemory,
-    rules: list[AttentionRules],
-    device: torch.device,
-    shape: ModelConfig,
-    deterministic: bool,
-) -> Attention:
-    if deterministic:
-        return RowwiseAttention(memory, rules)
-    if device.type != "cuda":
-        return BatchedAttention(memory, rules)
-    # Only machines with a GPU have triton.
-    from splitserve.engine.triton_attention import MAX_HEAD_DIM, TritonAttention
-
-    if not isinstance(memory, PlainPageMemory):
-        return BatchedAttention(memory, rules)
-    head_dim = shape.attention.head_dim
-    usual_scale = all(each.scale == head_dim**-0.5 for each in rules)
-    if head_dim > MAX_HEAD_DIM or not usual_scale or not all(each.plain for each in rules):
-        return BatchedAttention(memory, rules)
-    properties = torch.cuda.get_device_properties(device)
-    return TritonAttention(memory, properties.multi_processor_count)
 
 
 def parse_device(name: str) -> torch.device:

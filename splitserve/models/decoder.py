@@ -22,6 +22,7 @@ from splitserve.models.layers.rotary import Rotary, Rotation
 from splitserve.models.layers.self_attention import Attend, AttentionRules, SelfAttention
 from splitserve.models.layers.unembedding import Unembedding
 from splitserve.parallel.group import Group
+from splitserve.quant.linear_protocol import Rows
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,28 @@ class BlockNorms:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """The residual stream: (rows, hidden_size) hidden states, and what is yet to be added to them.
+
+    The sum is left to the norm that reads it next, which may make it in its own pass.
+    """
+
+    x: Tensor
+    delta: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum."""
+        return self.x if self.delta is None else self.x + self.delta
+
+    def read(self, norm: Norm | None) -> tuple[Tensor, Rows]:
+        """The sum, and that normalised for the products that read it."""
+        if norm is not None:
+            return norm.read(self.x, self.delta)
+        x = self.total()
+        return x, x
+
+
+@dataclass(frozen=True)
 class Block:
     """One layer: attention and MLP, norms around them, sums with what came in."""
 
@@ -49,24 +72,27 @@ class Block:
 
     def __call__(
         self,
-        x: Tensor,
+        stream: Residual,
         rotation: Rotation | None,
         attend: Attend,
         attended: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """(rows, hidden_size). `attended` is called when keys and values have been stored."""
+    ) -> Residual:
+        """`attended` is called when keys and values have been stored."""
         norms, group = self.norms, self.group
-        normed = _apply(norms.attention_input, x)
+        x, normed = stream.read(norms.attention_input)
         mixed = self.attention(normed, rotation, attend)
         if attended:
             attended()
         if self.parallel:
-            own = norms.mlp_input(x) if norms.mlp_input else normed
-            return x + group.all_reduce(mixed + self.mlp(own))
-        x = x + _apply(norms.attention_output, group.all_reduce(mixed))
-        x = _apply(norms.after_attention, x)
-        fed = group.all_reduce(self.mlp(_apply(norms.mlp_input, x)))
-        return _apply(norms.after_mlp, x + _apply(norms.mlp_output, fed))
+            own = norms.mlp_input.read(x, None)[1] if norms.mlp_input else normed
+            return Residual(x, group.all_reduce(mixed + self.mlp(own)))
+        stream = Residual(x, _apply(norms.attention_output, group.all_reduce(mixed)))
+        if norms.after_attention:
+            stream = Residual(norms.after_attention(stream.total()))
+        x, normed = stream.read(norms.mlp_input)
+        fed = group.all_reduce(self.mlp(normed))
+        stream = Residual(x, _apply(norms.mlp_output, fed))
+        return Residual(norms.after_mlp(stream.total())) if norms.after_mlp else stream
 
 
 class Decoder:
@@ -104,6 +130,10 @@ class Decoder:
         """What each layer's attention has to heed."""
         return [block.rules for block in self._blocks]
 
+    def keeps_to_device(self, rows: int) -> bool:
+        """Whether, with so many rows, nothing on the way has to be read by the host."""
+        return all(block.mlp.keeps_to_device(rows) for block in self._blocks)
+
     def hidden(
         self,
         token_ids: Tensor,
@@ -115,16 +145,23 @@ class Decoder:
 
         `layer_done(layer)` is called when a layer's keys and values have been stored.
         """
-        x = self._embedding(token_ids, positions)
+        stream = Residual(self._embedding(token_ids, positions))
         rotations = {rotary: rotary.rotation(positions) for rotary in self._rotaries}
         for index, block in enumerate(self._blocks):
             rotary = block.attention.rotary
             rotation = None if rotary is None else rotations[rotary]
-            x = block(x, rotation, attend, partial(layer_done, index) if layer_done else None)
-        return _apply(self._final_norm, x)
+            done = partial(layer_done, index) if layer_done else None
+            stream = block(stream, rotation, attend, done)
+        hidden = stream.read(self._final_norm)[1]
+        assert isinstance(hidden, Tensor)  # codes are for products that are known
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, vocab_size) in fp32 for (rows, hidden_size)."""
+        return self.scores(hidden).float()
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """`logits` in the type that they are computed in."""
         return self._unembedding(hidden)
 
 

@@ -22,6 +22,7 @@ from splitserve.quant.matrix import QuantizedMatrix, Weight
 TILE_ROWS = 16
 
 
+MakeDense: TypeAlias = Callable[[Tensor, Tensor | None], Linear]
 MakeLinear: TypeAlias = Callable[[Weight, Tensor | None], Linear]
 """`make(weight, bias)`."""
 
@@ -104,7 +105,12 @@ def choose_products(dtype: torch.dtype, device: torch.device, *, deterministic: 
     packed = device.type == "cpu" and has_onednn() and dtype is torch.bfloat16
     # fp32 is asked for to compare numbers, not for speed or memory: codes are widened once.
     exact = dtype is torch.float32
-    make_dense = PackedLinear if packed else PlainLinear
+    make_dense: MakeDense = PackedLinear if packed else PlainLinear
+    if device.type == "cuda" and not deterministic:
+        # Only machines with a GPU need triton.
+        from splitserve.models.triton_linear import TritonLinear
+
+        make_dense = TritonLinear
 
     def make(weight: Weight, bias: Tensor | None) -> Linear:
         product: Linear

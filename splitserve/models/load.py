@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from splitserve.errors import CheckpointError
+from splitserve.models.backend import Backend, TorchBackend
 from splitserve.models.config import MlpConfig, ModelConfig, NormConfig
 from splitserve.models.decoder import Block, BlockNorms, Decoder
-from splitserve.models.layers.activation import make_activation
 from splitserve.models.layers.embedding import Embedding
 from splitserve.models.layers.mlp import Experts, Mlp
-from splitserve.models.layers.norm import Norm, SplitRmsNorm, make_norm
+from splitserve.models.layers.norm import Norm, SplitRmsNorm
 from splitserve.models.layers.rotary import Rotary
 from splitserve.models.layers.self_attention import AttentionRules, SelfAttention, alibi_slopes
 from splitserve.models.layers.unembedding import Unembedding
@@ -80,8 +80,11 @@ class Loader:
         group: Group,
         dtype: torch.dtype,
         device: torch.device,
+        backend: Backend | None = None,
     ) -> None:
+        """`backend` makes the small layers, plain torch by default."""
         self._config = config
+        self._backend = backend or TorchBackend()
         self._weights = weights
         self._products = products
         self._group = group
@@ -137,10 +140,18 @@ class Loader:
     def _block(self, index: int, rotary: Rotary | None) -> Block:
         """One layer."""
         plan, config = self._plan.layer(index), self._config
-        norms = {slot: self._norm(norm, config.norm) for slot, norm in plan.norms.items()}
+        attention, mlp = self._attention(index, plan, rotary), self._feed_forward(plan.mlp)
+        feeds = [mlp.gate_up] if isinstance(mlp, Mlp) else []
+        readers: dict[str, list[Linear]] = {"attention_input": [attention.qkv], "mlp_input": feeds}
+        if config.parallel and "mlp_input" not in plan.norms:
+            readers["attention_input"] += feeds
+        norms = {
+            slot: self._norm(norm, config.norm, readers.get(slot, ()))
+            for slot, norm in plan.norms.items()
+        }
         return Block(
-            attention=self._attention(index, plan, rotary),
-            mlp=self._feed_forward(plan.mlp),
+            attention=attention,
+            mlp=mlp,
             norms=BlockNorms(**norms),
             rules=self._rules(index, plan),
             parallel=config.parallel,
@@ -163,6 +174,7 @@ class Loader:
             key_norm=self._qk_norm(plan.key_norm, attention.kv_size),
             norms_all_heads=over_all,
             clip=attention.clip_qkv,
+            turns_in_attend=self._backend.turns_in_attend,
         )
 
     def _rules(self, index: int, plan: LayerPlan) -> AttentionRules:
@@ -188,15 +200,13 @@ class Loader:
         assert config.experts is not None
         mlp = config.experts.mlp
         experts = {index: self._mlp(part, mlp) for index, part in plan.experts.items()}
-        return Experts(config.experts, self._linear(plan.router, self._products.exact), experts)
+        router = self._linear(plan.router, self._products.exact)
+        return self._backend.experts(config.experts, router, experts)
 
     def _mlp(self, plan: MlpPlan, config: MlpConfig) -> Mlp:
         make = self._products.projection
-        return Mlp(
-            gate_up=self._linear(plan.gate_up, make),
-            down=self._linear(plan.down, make),
-            activate=make_activation(config),
-        )
+        gate_up, down = self._linear(plan.gate_up, make), self._linear(plan.down, make)
+        return self._backend.mlp(gate_up, down, config)
 
     def _unembedding(self, embedding: Tensor) -> Unembedding:
         plan, config = self._plan.head(), self._config
@@ -220,8 +230,8 @@ class Loader:
             soft_cap=config.logit_soft_cap,
         )
 
-    def _norm(self, plan: NormPlan, config: NormConfig) -> Norm:
-        return make_norm(config, *self._norm_weights(plan))
+    def _norm(self, plan: NormPlan, config: NormConfig, readers: Sequence[Linear] = ()) -> Norm:
+        return self._backend.norm(config, *self._norm_weights(plan), readers)
 
     def _qk_norm(self, plan: NormPlan | None, width: int) -> Norm | None:
         qk_norm = self._config.attention.qk_norm
@@ -231,7 +241,7 @@ class Loader:
         if qk_norm.over == "all" and self._group.size > 1:
             assert weight is not None
             return SplitRmsNorm(weight, qk_norm.norm.eps, width, self._group)
-        return make_norm(qk_norm.norm, weight, bias)
+        return self._backend.norm(qk_norm.norm, weight, bias)
 
     def _norm_weights(self, plan: NormPlan) -> tuple[Tensor | None, Tensor | None]:
         weights = [self._tensor(source) for source in plan.weights]

@@ -12,8 +12,7 @@ from torch._C._distributed_c10d import Store
 
 from splitserve.engine.factory import EngineConfig, in_own_thread
 from splitserve.engine.protocol import EngineSpec
-from splitserve.engine.torch_engine import TorchEngine
-from splitserve.engine.torch_factory import open_torch_engine, page_shape
+from splitserve.engine.torch_factory import ModelEngine, open_torch_engine, page_shape
 from splitserve.errors import ConfigError
 from splitserve.models.check import check_weights
 from splitserve.parallel.cuda_group import CudaGroup
@@ -44,7 +43,7 @@ def open_group_engine(
     try:
         leader.assemble(dataclasses.asdict(config))
 
-        def open_own() -> TorchEngine:
+        def open_own() -> ModelEngine:
             group = _open_group(own_config, parallel, leader.store, ending)
             try:
                 return open_torch_engine(own_config, group, show_progress=show_progress)
@@ -60,7 +59,7 @@ def open_group_engine(
     return GroupEngine(own, leader, slices, ending)
 
 
-def open_rank(membership: Membership) -> TorchEngine:
+def open_rank(membership: Membership) -> ModelEngine:
     """Another rank: its settings are rank 0's."""
     parallel = membership.config
     config = _of_rank(EngineConfig(**membership.plan), parallel)

@@ -46,8 +46,11 @@ def _choose(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) ->
     if VnniLinear.takes(matrix, dtype):
         return VnniLinear(matrix, bias)
     if matrix.codes.device.type == "cuda":
-        if cuda_linear.Fp8Linear.takes(matrix, dtype):
-            return cuda_linear.Fp8Linear(matrix, bias, dtype)
+        # Only machines with a GPU need triton.
+        from splitserve.quant.fp8_linear import Fp8Linear
+
+        if Fp8Linear.takes(matrix, dtype):
+            return Fp8Linear(matrix, bias, dtype)
         if cuda_linear.Int8CodesGpuLinear.takes(matrix):
             return cuda_linear.Int8CodesGpuLinear(matrix, bias, dtype)
     elif has_onednn() and cpu_linear.Int8CodesLinear.takes(matrix):
@@ -65,4 +68,10 @@ def _choose_wide(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtyp
             return cpu_linear.Int8Linear(matrix, bias, dtype)
         if cpu_linear.Int4Linear.takes(matrix):
             return cpu_linear.Int4Linear(matrix, bias, dtype)
+    elif matrix.codes.device.type == "cuda":
+        # Only machines with a GPU need triton.
+        from splitserve.quant.int_linear import IntLinear
+
+        if IntLinear.takes(matrix, dtype):
+            return IntLinear(matrix, bias)
     return SlabLinear(matrix, bias, dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, cast
 
 from torch import Tensor
 
@@ -13,3 +14,31 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Shape (rows, out), the type of `x`."""
         ...
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Rows in 8 bits, as `codes * steps`, where what made them has rounded them already."""
+
+    codes: Tensor
+    """(rows, width) float8_e4m3fn."""
+    steps: Tensor
+    """(rows, 1) fp32."""
+
+
+Rows: TypeAlias = Tensor | CodedRows
+
+
+class CodesLinear(Linear, Protocol):
+    """A product that multiplies codes, and rounds its input to them if it gets it whole."""
+
+    def of_codes(self, x: CodedRows) -> Tensor:
+        """Shape (rows, out), the model's type."""
+        ...
+
+
+def multiply(linear: Linear, x: Rows) -> Tensor:
+    """Either kind of rows. Codes are only made for a product that takes them."""
+    if isinstance(x, CodedRows):
+        return cast(CodesLinear, linear).of_codes(x)
+    return linear(x)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from splitserve.config import ServiceConfig
 from splitserve.engine.core import CoreConfig
-from splitserve.engine.factory import EngineConfig, KvChoice, Quantization
+from splitserve.engine.factory import EngineConfig, KvChoice, LoadFormat, Quantization, step_sizes
 from splitserve.errors import ConfigError
 from splitserve.model_name import default_model_name
 from splitserve.parallel.rendezvous import (
@@ -44,13 +45,27 @@ class WorkerConfig(ServiceConfig):
     )
     max_context_tokens: int = Field(0, ge=0, description="longest context; 0: the model's own")
     kvstore: str = Field("127.0.0.1:50054", description="HOST:PORT of this node's KV store")
-    transport: Literal["auto", "shm", "grpc"] = Field(
-        "auto", description="how KV blocks travel; auto takes shared memory where it can"
+    transport: Literal["auto", "device", "shm", "grpc"] = Field(
+        "auto",
+        description="how KV blocks travel; auto leaves them in GPUs that their readers can map, "
+        "takes shared memory where it can, else gRPC; device as auto, where GPUs can be mapped",
     )
-    pool_bytes: int = Field(1 << 30, ge=1, description="bytes of the KV pool of each rank")
+    load_format: LoadFormat = Field(
+        "auto", description="dummy: random weights of the shape that config.json says"
+    )
+    pool_bytes: int = Field(
+        0, ge=0, description="bytes of the KV pool of each rank; 0: 1 GiB, or what a GPU has left"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory that weights and KV pool may take"
+    )
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens of one KV block")
-    max_batch: int = Field(64, ge=1, le=4096, description="most sequences in one step")
-    max_step_tokens: int = Field(512, ge=2, description="most tokens computed in one step")
+    max_batch: int = Field(
+        64, ge=1, le=4096, description="most sequences in one step; on a GPU 256 by default"
+    )
+    max_step_tokens: int = Field(
+        512, ge=2, description="most tokens computed in one step; on a GPU 8192 by default"
+    )
     max_queue: int = Field(4096, ge=1, description="most sequences accepted and not finished")
     deterministic: bool = Field(
         False, description="the same tokens and log-probabilities, bit by bit, in any batch"
@@ -65,6 +80,11 @@ class WorkerConfig(ServiceConfig):
         20.0, gt=0, description="seconds one step may take before the worker is not ready"
     )
     fake_step_ms: float = Field(0.0, ge=0, description="length of a step of the fake engine")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_for_device(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {**asdict(step_sizes(str(given.get("device", "cpu")))), **given}
 
     @model_validator(mode="after")
     def _check_engine(self) -> WorkerConfig:
@@ -105,16 +125,20 @@ class WorkerConfig(ServiceConfig):
             kind=self.engine,
             model=self.model,
             device=self.device,
+            load_format=self.load_format,
             dtype=self.dtype,
             quantization=self.quantization,
             kv_dtype=self.kv_dtype,
             tensor_parallel_size=self.parallel.size,
             pool_bytes=self.pool_bytes,
+            gpu_memory_utilization=self.gpu_memory_utilization,
             block_tokens=self.block_tokens,
             max_context_tokens=self.max_context_tokens,
+            max_batch=self.max_batch,
             deterministic=self.deterministic,
             threads=self.threads,
             fake_step_ms=self.fake_step_ms,
+            fake_shares_pages=self.transport == "device",
         )
 
     @property

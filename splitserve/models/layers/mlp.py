@@ -12,6 +12,7 @@ from torch import Tensor
 from splitserve.models.config import ExpertsConfig
 from splitserve.models.layers.activation import Activate
 from splitserve.models.linear import Linear
+from splitserve.quant.linear_protocol import Rows, multiply
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,17 @@ class Mlp:
     down: Linear
     activate: Activate
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def keeps_to_device(self, rows: int) -> bool:
+        """Whether, with so many rows, no launch depends on what was computed."""
+        return True
+
+    def __call__(self, x: Rows) -> Tensor:
         """(rows, hidden_size), to be summed over ranks."""
-        return self.down(self.activate(self.gate_up(x)))
+        return multiply(self.down, self.activated(x))
+
+    def activated(self, x: Rows) -> Rows:
+        """(rows, size): what is between the products."""
+        return self.activate(multiply(self.gate_up, x))
 
 
 class Experts:
@@ -40,9 +49,14 @@ class Experts:
         self._router = router
         self._experts = dict(sorted(experts.items()))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def keeps_to_device(self, rows: int) -> bool:
+        """See `Mlp`. The host counts each expert's tokens."""
+        return False
+
+    def __call__(self, x: Rows) -> Tensor:
         """(rows, hidden_size), to be summed over ranks. Waits for the device once."""
-        chosen, weights = self._route(x)
+        assert isinstance(x, Tensor)  # codes are for a single MLP
+        chosen, weights = self.route(x)
         return self._one(x, chosen, weights) if x.shape[0] == 1 else self._many(x, chosen, weights)
 
     def _one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -69,7 +83,7 @@ class Experts:
                 out.index_add_(0, rows[run], expert(x[rows[run]]) * shares[run])
         return out
 
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's experts and their weights: (rows, top_k) int64 and the type of `x`."""
         config, scores = self._config, self._router(x)
         if config.softmax == "chosen":

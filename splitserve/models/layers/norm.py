@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from splitserve.models.config import NormConfig
 from splitserve.parallel.group import Group
+from splitserve.quant.linear_protocol import Rows
 
 
 class Norm(Protocol):
@@ -19,8 +21,28 @@ class Norm(Protocol):
         """Normalise (..., width)."""
         ...
 
+    def read(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Rows]:
+        """The residual stream's `x + delta`, and that normalised for the products that read it,
+        which may take it as codes.
+        """
+        ...
 
-class RmsNorm:
+
+class PlainNorm(ABC):
+    """A norm that adds and normalises one after the other."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `Norm`."""
+
+    def read(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Rows]:
+        """See `Norm.read`."""
+        if delta is not None:
+            x = x + delta
+        return x, self(x)
+
+
+class RmsNorm(PlainNorm):
     """x / rms(x) * weight (Zhang & Sennrich 2019), the mean in fp32."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
@@ -34,7 +56,7 @@ class RmsNorm:
         return (wide * scale).to(x.dtype) * self._weight
 
 
-class WideRmsNorm:
+class WideRmsNorm(PlainNorm):
     """The same with an fp32 weight that is multiplied before rounding, as Gemma's."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
@@ -48,7 +70,7 @@ class WideRmsNorm:
         return (wide * scale * self._weight).to(x.dtype)
 
 
-class SplitRmsNorm:
+class SplitRmsNorm(PlainNorm):
     """RMS norm of a row of which each rank has `x.shape[-1]` of `width` columns, with an fp32
     weight that is multiplied before rounding.
     """
@@ -67,7 +89,7 @@ class SplitRmsNorm:
         return (wide * scale * self._weight).to(x.dtype)
 
 
-class LayerNorm:
+class LayerNorm(PlainNorm):
     """(x - mean) / deviation * weight + bias (Ba et al. 2016), where there are these."""
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -80,7 +102,7 @@ class LayerNorm:
         return functional.layer_norm(x, x.shape[-1:], self._weight, self._bias, self._eps)
 
 
-class WideLayerNorm:
+class WideLayerNorm(PlainNorm):
     """Layer norm with an fp32 weight of any shape that fits, as Cohere's over heads."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:

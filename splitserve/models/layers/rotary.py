@@ -20,6 +20,7 @@ class Rotation:
 
     cos: Tensor
     sin: Tensor
+    interleaved: bool
 
 
 class Rotary:
@@ -44,7 +45,8 @@ class Rotary:
             cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         if self._factor != 1.0:
             cos, sin = cos * self._factor, sin * self._factor
-        return Rotation(cos[:, None].to(self._dtype), sin[:, None].to(self._dtype))
+        cos, sin = cos[:, None].to(self._dtype), sin[:, None].to(self._dtype)
+        return Rotation(cos, sin, self._interleaved)
 
     def turn(self, x: Tensor, rotation: Rotation) -> Tensor:
         """(rows, heads, head_dim), of which the first `dims` dimensions are turned."""

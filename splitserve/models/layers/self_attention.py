@@ -12,10 +12,13 @@ from torch import Tensor
 from splitserve.models.layers.norm import Norm
 from splitserve.models.layers.rotary import Rotary, Rotation
 from splitserve.models.linear import Linear
+from splitserve.quant.linear_protocol import Rows, multiply
 
-Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`attend(layer, queries, keys, values)`: stores the new keys and values, returns the mixed
-values. Queries and result are (rows, heads, head_dim), keys and values (rows, kv_heads, head_dim).
+Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor, Rotation | None], Tensor]
+"""`attend(layer, queries, keys, values, rotation)`: stores the new keys and values, returns the
+mixed values. Queries and result are (rows, heads, head_dim), keys and values (rows, kv_heads,
+head_dim). Where a rotation is given, queries and keys have not been turned by it yet, and may be
+overwritten.
 """
 
 
@@ -63,15 +66,20 @@ class SelfAttention:
     norms_all_heads: bool = False
     """Whether the norms are over all heads together."""
     clip: float | None = None
+    turns_in_attend: bool = False
+    """Whether `Attend` turns queries and keys on their way into the pool."""
 
-    def __call__(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+    def __call__(self, x: Rows, rotation: Rotation | None, attend: Attend) -> Tensor:
         """(rows, hidden_size), to be summed over ranks."""
-        rows = x.shape[0]
-        qkv = self.qkv(x)
+        qkv = multiply(self.qkv, x)
+        rows = qkv.shape[0]
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         heads = qkv.view(rows, -1, self.head_dim)
-        if self.query_norm is None and self.key_norm is None:
+        if self.turns_in_attend:
+            queries = self._norm(self.query_norm, heads, 0, self.num_heads)
+            keys = self._norm(self.key_norm, heads, self.num_heads, self.num_kv_heads)
+        elif self.query_norm is None and self.key_norm is None:
             # Queries and keys are turned alike: as one tensor, in half the calls.
             turned = self._turn(heads[:, : self.num_heads + self.num_kv_heads], rotation)
             queries, keys = turned[:, : self.num_heads], turned[:, self.num_heads :]
@@ -80,7 +88,9 @@ class SelfAttention:
             keys = self._norm(self.key_norm, heads, self.num_heads, self.num_kv_heads)
             keys = self._turn(keys, rotation)
         values = heads[:, self.num_heads + self.num_kv_heads :]
-        mixed = attend(self.layer, queries, keys, values)
+        mixed = attend(
+            self.layer, queries, keys, values, rotation if self.turns_in_attend else None
+        )
         return self.out(mixed.reshape(rows, -1))
 
     def _turn(self, x: Tensor, rotation: Rotation | None) -> Tensor:

@@ -14,7 +14,9 @@ from splitserve.parallel.group import Group
 
 @dataclass(frozen=True)
 class Unembedding:
-    """Scores of all tokens. Each rank has `width` of them, the last ones padded."""
+    """Scores of all tokens, in the model's type unless they are scaled. Each rank has `width` of
+    them, the last ones padded.
+    """
 
     product: Linear
     vocab_size: int
@@ -25,7 +27,7 @@ class Unembedding:
     soft_cap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """(rows, vocab_size) in fp32 for (rows, hidden_size)."""
+        """(rows, vocab_size) for (rows, hidden_size)."""
         if self.projection is not None:
             hidden = self.projection(hidden)
         logits = self.product(hidden)
@@ -33,7 +35,8 @@ class Unembedding:
             padding = self.width - logits.shape[-1]
             logits = self.group.all_gather_columns(functional.pad(logits, (0, padding)))
             logits = logits[:, : self.vocab_size]
-        logits = logits.float()
+        if self.scale != 1.0 or self.soft_cap is not None:
+            logits = logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:

@@ -13,6 +13,7 @@ from splitserve.engine.calibration import Calibration
 from splitserve.errors import CheckpointError
 from splitserve.models.config import ExpertsConfig, MlpConfig, ModelConfig
 from splitserve.models.families import mixtral
+from splitserve.models.layers.rotary import Rotation
 from splitserve.models.layers.self_attention import Attend
 from splitserve.models.linear import Linear, PlainLinear, choose_products
 from splitserve.models.load import Loader
@@ -120,7 +121,9 @@ def plain_inputs(config: ModelConfig) -> list[Tensor | None]:
 def _attention(config: ModelConfig) -> Attend:
     """The definition: every query's softmax over the keys up to its own."""
 
-    def attend(_: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        _: int, queries: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None
+    ) -> Tensor:
         group = config.attention.num_heads // config.attention.num_kv_heads
         keys, values = (each.repeat_interleave(group, dim=1) for each in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * config.attention.scale

@@ -1,0 +1,176 @@
+"""The engine of one GPU, or of one rank's GPU.
+
+A step's life:
+
+1. Its slices are laid out as numbers (`layout`) and sent in one copy, with the pages that the
+   device does not know yet (`slots`).
+2. It is launched: a recorded graph if one holds it (`graphs`), else kernel by kernel (`forward`).
+   Either way the host goes on at once.
+3. The likeliest tokens are there with the logits; others are drawn on the device (`drawing`), and
+   stay there for the next step, which may be launched before they are read.
+4. They are copied to the host behind the step. `Launched.tokens` waits for that copy and for
+   nothing else.
+5. Layers of prompts that somebody waits for are reported by a thread of its own (`layers`), when
+   the device has computed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from splitserve.engine.cuda.drawing import Drawing, Drawn
+from splitserve.engine.cuda.forward import Forward
+from splitserve.engine.cuda.graphs import StepGraphs
+from splitserve.engine.cuda.layers import LayerReports
+from splitserve.engine.cuda.layout import StepPlan, StepShape
+from splitserve.engine.cuda.slots import SlotTable
+from splitserve.engine.cuda.staging import Staging
+from splitserve.engine.page_memory import PageMemory
+from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
+from splitserve.engine.triton_attention import TritonAttention
+from splitserve.models.decoder import Decoder
+from splitserve.parallel.group import Group
+
+_WARM_UP_ROWS = 2048
+
+
+class CudaEngine:
+    """Implements `AsyncEngine`; of a tensor-parallel group it is one rank's part, `LeadingRank`.
+
+    Its calls but `export_page` and `insert_page` are of one thread.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        model: Decoder,
+        memory: PageMemory,
+        attention: TritonAttention,
+        group: Group,
+        *,
+        max_batch: int,
+    ) -> None:
+        device = model.device
+        self.spec = spec
+        self._group = group
+        self._memory = memory
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        max_pages = -(-spec.max_context_tokens // spec.block_tokens)
+        self._slots = SlotTable(max_batch, max_pages, device)
+        self._forward = Forward(model, memory, attention, self._slots)
+        self._graphs = StepGraphs(self._forward, self._stream, nobody=self._slots.nobody)
+        self._staging = Staging(device)
+        self._drawing = Drawing(spec.eos_token_ids, self._slots, self._staging)
+        self._reports = LayerReports(spec, shared=group.size > 1)
+        torch.cuda.synchronize(device)  # what was loaded and zeroed on other streams is there
+
+    @torch.inference_mode()
+    def record(self, shapes: Collection[StepShape], progress: Callable[[], object]) -> None:
+        """Record graphs of these shapes; `progress` is called after each."""
+        self._graphs.record(shapes, progress)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what steps without a graph need beside, on a step of nobody's."""
+        shape = StepShape(0, _WARM_UP_ROWS, 1)
+        with torch.cuda.stream(self._stream):
+            self._forward(shape, self._send(StepPlan([], []), shape), padded=True)
+        self._stream.synchronize()
+
+    def step(
+        self, slices: Sequence[Slice], layers_done: LayersDone | None = None
+    ) -> list[list[DrawnToken]]:
+        """See `Engine.step`."""
+        return self.launch(slices, layers_done).tokens()
+
+    @torch.inference_mode()
+    def launch(self, slices: Sequence[Slice], layers_done: LayersDone | None = None) -> Drawn:
+        """See `AsyncEngine.launch`."""
+        slices = _placed(slices)
+        with torch.cuda.stream(self._stream):
+            plan, shape, logits = self._compute(slices, layers_done)
+            return self._drawing.draw(slices, plan.logit_rows(shape), logits)
+
+    @torch.inference_mode()
+    def compute(
+        self, slices: Sequence[Slice], layers_done: LayersDone | None = None
+    ) -> Tensor | None:
+        """See `RankEngine.compute`. A row of logits for each draw."""
+        slices = _placed(slices)
+        with torch.cuda.stream(self._stream):
+            plan, shape, logits = self._compute(slices, layers_done)
+            rows = plan.logit_rows(shape)
+            drawn = [rows[part.slot] for part in slices for _ in part.draws]
+            if not drawn:
+                return None
+            return logits[self._staging.send_lists(drawn)[0]]
+
+    @torch.inference_mode()
+    def draw(self, logits: Tensor | None, slices: Sequence[Slice]) -> list[list[DrawnToken]]:
+        """See `LeadingRank.draw`."""
+        if logits is None:
+            return [[] for _ in slices]
+        with torch.cuda.stream(self._stream):
+            return self._drawing.draw_rows(slices, logits).tokens()
+
+    @torch.inference_mode()
+    def score(self, part: Slice) -> Tensor:
+        """See `TorchEngine.score`."""
+        part = replace(part, slot=0)
+        with torch.cuda.stream(self._stream):
+            plan = StepPlan([], [part])
+            numbers = self._send(plan, plan.shape)
+            logits = self._forward.model.logits(self._forward.hidden(plan.shape, numbers))
+        self._stream.synchronize()
+        return logits
+
+    def export_page(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
+        """See `Engine.export_page`."""
+        with torch.cuda.stream(self._copies):
+            self._memory.export(page, first_layer, end_layer, out)
+
+    def insert_page(self, page: int, content: memoryview) -> None:
+        """See `Engine.insert_page`."""
+        with torch.cuda.stream(self._copies):
+            self._memory.insert(page, content)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._stream.synchronize()
+        self._reports.close()
+        self._group.close()
+
+    def _compute(
+        self, slices: Sequence[Slice], layers_done: LayersDone | None
+    ) -> tuple[StepPlan, StepShape, Tensor]:
+        """The step's shape as it was launched, and its logits."""
+        plan = StepPlan.of(slices)
+        shape = None if layers_done else self._graphs.fitting(plan.shape)
+        if shape:
+            self._send(plan, shape, self._graphs.numbers(shape))
+            return plan, shape, self._graphs.replay(shape)
+        shape = plan.shape
+        with self._reports.of_step(layers_done) as layer_done:
+            return plan, shape, self._forward(shape, self._send(plan, shape), layer_done)
+
+    def _send(self, plan: StepPlan, shape: StepShape, out: Tensor | None = None) -> Tensor:
+        """The step's numbers on the device, after the pages that it needs there."""
+        news = self._slots.news([*plan.decoding, *plan.chunks], self.spec.block_tokens)
+        if news[0]:
+            self._slots.write(*self._staging.send_lists(*news))
+        nobody = self._slots.nobody
+        return self._staging.send(
+            shape.size, lambda numbers: plan.lay_out(shape, numbers, nobody=nobody), out
+        )
+
+
+def _placed(slices: Sequence[Slice]) -> Sequence[Slice]:
+    """Slices of a step that stands alone have the slots of their order."""
+    if all(part.slot >= 0 for part in slices):
+        return slices
+    return [replace(part, slot=index) for index, part in enumerate(slices)]
