@@ -54,6 +54,7 @@ def choose(
     concurrency: int | None,
     time_scale: float | None,
     seed: int,
+    default_concurrency: int = DEFAULT_CONCURRENCY,
 ) -> Pacing:
     """What was asked for; else recorded arrivals where there are; else a closed loop."""
     if rate is not None:
@@ -62,4 +63,4 @@ def choose(
         return closed_loop(len(items), concurrency)
     if time_scale is not None or items[0].arrival_s is not None:
         return recorded(items, 1.0 if time_scale is None else time_scale)
-    return closed_loop(len(items), DEFAULT_CONCURRENCY)
+    return closed_loop(len(items), default_concurrency)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from splitserve.bench.pacing import DEFAULT_CONCURRENCY, Pacing, choose
 from splitserve.bench.replay import replay, warm_up
 from splitserve.bench.report import Limits, Report, render, summarize
-from splitserve.bench.targets import EngineTarget, SuiteTarget, Target, TargetInfo
+from splitserve.bench.targets import SuiteTarget, Target, TargetInfo
 from splitserve.bench.workload import WorkItem, cap, check_context, load_workload, select
 from splitserve.cli.options import (
     add_client_flags,
@@ -27,6 +27,7 @@ from splitserve.cli.options import (
     tls_config,
 )
 from splitserve.client import AsyncClient
+from splitserve.engine.factory import EngineConfig, open_engine, step_sizes
 from splitserve.errors import ConfigError
 from splitserve.weights.checkpoint import read_config
 
@@ -61,6 +62,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the table; see the module for the exit status."""
+    sizes = step_sizes(options.device)
+    options.max_batch = options.max_batch or sizes.max_batch
+    options.max_step_tokens = options.max_step_tokens or sizes.max_step_tokens
     items = select(load_workload(options.workload), options.num_requests)
     items = cap(items, options.max_prompt_tokens, options.max_output_tokens)
     pacing = choose(
@@ -69,21 +73,31 @@ def run(options: argparse.Namespace) -> int:
         concurrency=options.concurrency,
         time_scale=options.time_scale,
         seed=options.seed,
+        default_concurrency=options.max_batch if options.engine else DEFAULT_CONCURRENCY,
     )
-    info, report = asyncio.run(_measure(options, items, pacing))
+    if options.engine:
+        info, report = _measure_engine(options, items, pacing)
+    else:
+        info, report = asyncio.run(_measure(options, items, pacing))
     print(f"target              {info.description}")
     print(f"workload            {options.workload.name}, {len(items)} requests")
-    print(f"pacing              {pacing.description}")
+    print(f"pacing              {_batching(options, pacing)}")
     print(render(report))
     if options.json:
         _write_json(options, info, pacing, report)
     return EXIT_FAILED_REQUESTS if report.failed else 0
 
 
+def _batching(options: argparse.Namespace, pacing: Pacing) -> str:
+    if options.static_batches:
+        return f"static batches of {options.max_batch}, padded to their longest"
+    return pacing.description
+
+
 async def _measure(
     options: argparse.Namespace, items: list[WorkItem], pacing: Pacing
 ) -> tuple[TargetInfo, Report]:
-    target = _suite_target(options) if options.target else _engine_target(options)
+    target = _suite_target(options)
     try:
         info = await target.info()
         check_context(items, info.max_context_tokens)
@@ -108,27 +122,53 @@ def _suite_target(options: argparse.Namespace) -> Target:
     return SuiteTarget(client, options.model_name, options.target, options.timeout)
 
 
-def _engine_target(options: argparse.Namespace) -> Target:
+def _measure_engine(
+    options: argparse.Namespace, items: list[WorkItem], pacing: Pacing
+) -> tuple[TargetInfo, Report]:
     if not options.model:
         raise ConfigError("--engine needs --model PATH")
     # Here and not above: a bench of a running suite needs no engine.
-    from splitserve.llm import LLM
+    from splitserve.bench.engine_replay import EngineReplay
+    from splitserve.engine.core import CoreConfig
 
-    shape = read_config(options.model)
-    llm = LLM(
-        options.model,
+    config = EngineConfig(
+        model=options.model,
+        load_format=options.load_format,
         dtype=options.dtype,
         device=options.device,
         deterministic=options.deterministic,
         threads=options.threads,
         max_batch=options.max_batch,
-        max_step_tokens=options.max_step_tokens,
+        max_context_tokens=_context(options.model, items),
         **precision(options),
-        skip_tokenizer_init=True,
-        show_progress=sys.stderr.isatty(),
     )
-    description = f"{options.model} in this process"
-    return EngineTarget(llm, TargetInfo(description, shape.vocab_size, shape.max_context_tokens))
+    engine = open_engine(config, show_progress=sys.stderr.isatty())
+    core = CoreConfig(
+        options.max_batch, options.max_step_tokens, max_queue=sys.maxsize, reuse_prefixes=False
+    )
+    bench = EngineReplay(engine, core)
+    spec = engine.spec
+    info = TargetInfo(f"{options.model} in this process", spec.vocab_size, spec.max_context_tokens)
+    try:
+        bench.warm_up()
+        with tqdm(total=len(items), unit="request", disable=None) as bar:
+            if options.static_batches:
+                records = bench.run_padded(items, seed=options.seed)
+            else:
+                records = bench.run(
+                    items, pacing, seed=options.seed, on_done=lambda record: bar.update()
+                )
+    finally:
+        bench.close()
+        engine.close()
+    return info, summarize(records, Limits(options.ttft_ms, options.itl_ms))
+
+
+def _context(model: str, items: list[WorkItem]) -> int:
+    """Raises ConfigError if a request cannot fit the model's context."""
+    context = read_config(model).max_context_tokens
+    check_context(items, context)
+    return context
 
 
 def _write_json(
@@ -137,7 +177,7 @@ def _write_json(
     document = {
         "target": dataclasses.asdict(info),
         "workload": options.workload.name,
-        "pacing": pacing.description,
+        "pacing": _batching(options, pacing),
         "seed": options.seed,
         "max_prompt_tokens": options.max_prompt_tokens,
         "max_output_tokens": options.max_output_tokens,
@@ -162,16 +202,29 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--itl-ms", type=positive_float, metavar="Y", help="limit for goodput")
     group.description = (
         "Without --rate, --concurrency and --time-scale: as recorded, or else "
-        f"{DEFAULT_CONCURRENCY} in flight."
+        f"{DEFAULT_CONCURRENCY} in flight, with --engine as many as its batch holds."
     )
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --engine")
+    group.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: random weights of the shape that config.json says",
+    )
+    group.add_argument(
+        "--static-batches",
+        action="store_true",
+        help="the baseline: batches of --max-batch, padded, one after the other",
+    )
     group.add_argument("--dtype", default="auto")
     group.add_argument("--device", default="cpu")
     add_precision_flags(group)
     group.add_argument("--deterministic", action="store_true")
     group.add_argument("--threads", type=int, default=0, metavar="N")
-    group.add_argument("--max-batch", type=positive, default=64, metavar="N")
-    group.add_argument("--max-step-tokens", type=positive, default=512, metavar="N")
+    group.add_argument("--max-batch", type=positive, metavar="N", help="default: 64, on a GPU 256")
+    group.add_argument(
+        "--max-step-tokens", type=positive, metavar="N", help="default: 512, on a GPU 8192"
+    )

@@ -1,0 +1,247 @@
+"""One model on one GPU: decode steps beside their floor, prefill, and workloads, in one process.
+
+    python benchmarks/engine_rows.py --model benchmarks/models/llama-3.1-8b --batch 1 64 \
+        --prefill 64x1024 --workload fixed-128-128 chat --json benchmarks/results/NAME.json
+
+Weights are random, prompts are random tokens, outputs greedy and forced to their length, and
+prefixes are not reused.
+
+step: the median gap between tokens with a full batch, every sequence having `--context`
+    tokens before the first measured one. Its floor is the bytes of weights and of keys and values
+    over the bandwidth of a large copy in the same run. `exposed` is by how much a step of the whole
+    loop is longer than the same steps launched back to back with no loop around them.
+prefill: from the first prompt submitted to the last first token, for COUNTxTOKENS prompts at once.
+workload: all requests submitted at once, as many in flight as the batch holds.
+
+`--static` adds the workload in padded batches of the same size, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+
+from splitserve.bench.engine_replay import EngineReplay
+from splitserve.bench.pacing import Pacing
+from splitserve.bench.report import Limits, Report, summarize
+from splitserve.bench.workload import WorkItem, load_workload
+from splitserve.engine.core import CoreConfig
+from splitserve.engine.factory import EngineConfig, open_engine
+from splitserve.engine.protocol import Draw, Slice
+from splitserve.sampling import SamplingParams
+from splitserve.weights.checkpoint import read_config
+
+STEPS = 128
+MEASURED = slice(16, 112)
+GREEDY = SamplingParams(temperature=0)
+WORKLOADS = Path(__file__).parent / "workloads"
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2e3 * source.nbytes / statistics.median(times[2:])
+
+
+def at_once(items: list[WorkItem]) -> Pacing:
+    return Pacing((0.0,) * len(items), None, "all at once")
+
+
+def loop_ms(bench: EngineReplay, batch: int, context: int) -> float:
+    """The median gap between the tokens of the sequence that began last."""
+    items = [WorkItem(str(i), context, STEPS) for i in range(batch)]
+    records = bench.run(items, at_once(items), seed=batch)
+    last = max(records, key=lambda record: record.token_times_s[0])
+    return statistics.median(last.itl_s[MEASURED]) * 1e3
+
+
+def slices_at(engine: Any, batch: int, context: int, steps: int) -> list[list[Slice]]:
+    """Steps of a full batch, each sequence with pages of its own."""
+    width = -(-(context + steps) // engine.spec.block_tokens)
+    pages = [list(range(i * width, (i + 1) * width)) for i in range(batch)]
+    draws = [Draw(GREEDY, 0, 0, (), ())]
+    return [
+        [Slice([7], context + step, pages[i], draws, i) for i in range(batch)]
+        for step in range(steps)
+    ]
+
+
+def device_ms(engine: Any, batch: int, context: int) -> float:
+    """A step among steps that are launched one behind the other."""
+    steps = slices_at(engine, batch, context, STEPS)
+    for step in steps[: MEASURED.start]:
+        engine.launch(step).tokens()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for step in steps[MEASURED]:
+        last = engine.launch(step)
+    last.tokens()
+    return (time.perf_counter() - began) / (MEASURED.stop - MEASURED.start) * 1e3
+
+
+def profile(engine: Any, batch: int, context: int) -> list[dict[str, Any]]:
+    """A step's kernels by their time on the device. Where one starts before another has ended,
+    both have the time.
+    """
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    steps = slices_at(engine, batch, context, 4)
+    engine.launch(steps[0]).tokens()
+    with record(activities=[ProfilerActivity.CUDA]) as profiler:
+        for step in steps[1:]:
+            engine.launch(step).tokens()
+    rows = [
+        {
+            "kernel": event.key[:70],
+            "calls": event.count // 3,
+            "ms": round(event.self_device_time_total / 3000, 4),
+        }
+        for event in profiler.key_averages()
+        if event.self_device_time_total
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])[:12]
+
+
+def step_rows(options: argparse.Namespace, engine: Any, bench: EngineReplay, copy: float) -> Any:
+    spec, rows = engine.spec, []
+    for batch in options.batch:
+        kv = batch * (options.context + STEPS / 2) * spec.block_bytes / spec.block_tokens
+        floor = (options.weight_bytes + kv) / copy * 1e3
+        step, alone = loop_ms(bench, batch, options.context), 0.0
+        alone = device_ms(engine, batch, options.context)
+        row = {"batch": batch, "step_ms": step, "device_ms": alone, "exposed_ms": step - alone}
+        rows.append({**row, "floor_ms": floor, "of_floor": floor / step})
+        print("step", {k: round(v, 3) for k, v in rows[-1].items()}, flush=True)
+        if options.profile:
+            rows[-1]["profile"] = profile(engine, batch, options.context)
+            for kernel in rows[-1]["profile"]:
+                print("   ", kernel)
+    return rows
+
+
+def prefill_row(bench: EngineReplay, size: str) -> dict[str, Any]:
+    count, tokens = map(int, size.split("x"))
+    items = [WorkItem(str(i), tokens, 1) for i in range(count)]
+    times = []
+    for turn in range(3):
+        records = bench.run(items, at_once(items), seed=100 + turn)
+        times.append(max(r.ended_s for r in records) - min(r.sent_s for r in records))
+    row = {"prompts": size, "ms": statistics.median(times[1:]) * 1e3, "first_ms": times[0] * 1e3}
+    row["tokens_per_s"] = count * tokens / row["ms"] * 1e3
+    print("prefill", row, flush=True)
+    return row
+
+
+def workload_row(options: argparse.Namespace, bench: EngineReplay, name: str) -> dict[str, Any]:
+    items = load_workload(WORKLOADS / f"{name}.jsonl")[: options.num_requests]
+    report = summarize(bench.run(items, at_once(items), seed=0), Limits())
+    row: dict[str, Any] = {"workload": name, **short(report)}
+    if options.static:
+        padded = summarize(bench.run_padded(items, seed=0), Limits())
+        row["static_padded"] = short(padded)
+        row["over_static"] = report.output_tokens_per_s / padded.output_tokens_per_s
+    print("workload", json.dumps(row), flush=True)
+    return row
+
+
+def short(report: Report) -> dict[str, Any]:
+    assert not report.failed, report.errors
+    assert report.itl_ms
+    return {
+        "requests": report.completed,
+        "seconds": round(report.duration_s, 2),
+        "output_tokens_per_s": round(report.output_tokens_per_s, 1),
+        "itl_p50_ms": round(report.itl_ms.p50, 2),
+        "itl_p99_ms": round(report.itl_ms.p99, 2),
+        "itl_max_ms": round(report.itl_ms.max, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--batch", type=int, nargs="*", default=[])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--prefill", nargs="*", default=[], metavar="COUNTxTOKENS")
+    parser.add_argument("--workload", nargs="*", default=[])
+    parser.add_argument("--num-requests", type=int)
+    parser.add_argument("--static", action="store_true")
+    parser.add_argument("--max-batch", type=int, default=256)
+    parser.add_argument("--max-step-tokens", type=int, default=8192)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    copy = copy_bytes_per_s()
+    began, before = time.perf_counter(), torch.cuda.memory_allocated()
+    shape = read_config(options.model)
+    engine = open_engine(
+        EngineConfig(
+            model=options.model,
+            load_format="dummy",
+            device=options.device,
+            dtype=options.dtype,
+            quantization=options.quantization,
+            kv_dtype=options.kv_dtype,
+            max_batch=options.max_batch,
+            max_context_tokens=min(4096, shape.max_context_tokens),
+        ),
+        show_progress=sys.stderr.isatty(),
+    )
+    start_s = time.perf_counter() - began
+    spec = engine.spec
+    # Of the embedding a row is looked up for each token.
+    embedding = shape.vocab_size * shape.hidden_size * 2
+    pool = spec.num_pages * spec.block_bytes
+    options.weight_bytes = torch.cuda.memory_allocated() - before - pool - embedding
+    print(
+        f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s, start-up {start_s:.1f} s, "
+        f"{options.weight_bytes / 1e9:.2f} GB of weights to read, {spec.num_pages} pages",
+        flush=True,
+    )
+    core = CoreConfig(
+        options.max_batch, options.max_step_tokens, max_queue=1 << 20, reuse_prefixes=False
+    )
+    bench = EngineReplay(engine, core)
+    bench.warm_up()
+    document = {
+        "machine": describe_machine(),
+        "gpu": torch.cuda.get_device_name(),
+        "command": " ".join(sys.argv),
+        "copy_bytes_per_s": copy,
+        "weight_bytes": options.weight_bytes,
+        "start_s": start_s,
+        "prefill": [prefill_row(bench, size) for size in options.prefill],
+        "workloads": [workload_row(options, bench, name) for name in options.workload],
+        "steps": step_rows(options, engine, bench, copy),
+    }
+    bench.close()
+    engine.close()
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
