@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
 from splitserve_kernels.fp8_rows import (
     check_rows,
     empty_codes,
@@ -45,6 +46,7 @@ def activate(gate_up: Tensor, activation: Activation, *, gated: bool, limit: flo
     rows, size = _check(gate_up, activation, gated)
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     tile = min(_TILE, int(triton.next_power_of_2(size)))
+    early = launches_early(gate_up.device)
     _activate[(rows, triton.cdiv(size, tile))](
         gate_up,
         out,
@@ -55,6 +57,8 @@ def activate(gate_up: Tensor, activation: Activation, *, gated: bool, limit: flo
         GATED=gated,
         TILE=tile,
         num_warps=max(1, tile // 256),
+        EARLY=early,
+        launch_pdl=early,
     )
     return out
 
@@ -73,6 +77,7 @@ def activate_fp8(
     rows, size = _check(gate_up, activation, gated)
     codes, steps = empty_codes(rows, size, gate_up.device)
     tile = row_tile(size)
+    early = launches_early(gate_up.device)
     _activate_fp8[(rows,)](
         gate_up,
         codes,
@@ -85,6 +90,8 @@ def activate_fp8(
         GATED=gated,
         TILE=tile,
         num_warps=row_warps(tile),
+        EARLY=early,
+        launch_pdl=early,
     )
     return codes, steps
 
@@ -204,8 +211,11 @@ def _activate(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """A tile of one row."""
+    if EARLY:
+        wait_for_the_kernel_before()
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * TILE
     result = _apply(gate_up + row * stride, start, limit, SIZE, ACTIVATION, GATED, TILE)
@@ -230,8 +240,11 @@ def _activate_fp8(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One row; computed twice if it is wider than the tile."""
+    if EARLY:
+        wait_for_the_kernel_before()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     gate_up += row * stride

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
+
 FP8_MAX: Final = 448.0
 MOST_TILE: Final = 16384
 """The widest row that a program holds in registers; it reads a wider one twice."""
@@ -32,8 +34,18 @@ def quantize_rows_fp8(x: Tensor, *, step: float | None = None) -> tuple[Tensor, 
     rows, width = x.shape
     codes, steps = empty_codes(rows, width, x.device)
     tile = row_tile(width)
+    early = launches_early(x.device)
     _quantize[(rows,)](
-        x, codes, steps, step, x.stride(0), WIDTH=width, TILE=tile, num_warps=row_warps(tile)
+        x,
+        codes,
+        steps,
+        step,
+        x.stride(0),
+        WIDTH=width,
+        TILE=tile,
+        num_warps=row_warps(tile),
+        EARLY=early,
+        launch_pdl=early,
     )
     return codes, steps
 
@@ -111,8 +123,11 @@ def _quantize(
     # constants
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One row."""
+    if EARLY:
+        wait_for_the_kernel_before()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     x += row * x_stride

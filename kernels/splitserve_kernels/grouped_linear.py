@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
 from splitserve_kernels.small_tiles import (
     TOLERANCE,
     TilePlan,
-    launches_early,
-    wait_for_the_kernel_before,
 )
 
 MAX_EXPERTS = 1024

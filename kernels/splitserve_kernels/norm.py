@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
 from splitserve_kernels.fp8_rows import (
     MOST_TILE,
     check_rows,
@@ -58,6 +59,7 @@ def add_norm(
         out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     total = x if delta is None else torch.empty((rows, width), dtype=x.dtype, device=x.device)
     tile = row_tile(width)
+    early = launches_early(x.device)
     _add_norm[(rows,)](
         x,
         delta,
@@ -76,6 +78,8 @@ def add_norm(
         WIDE=wide_weight,
         TILE=tile,
         num_warps=row_warps(tile),
+        EARLY=early,
+        launch_pdl=early,
     )
     return total, out
 
@@ -99,6 +103,7 @@ def add_norm_fp8(
     codes, steps = empty_codes(rows, width, x.device)
     total = x if delta is None else torch.empty((rows, width), dtype=x.dtype, device=x.device)
     tile = row_tile(width)
+    early = launches_early(x.device)
     _add_norm[(rows,)](
         x,
         delta,
@@ -117,6 +122,8 @@ def add_norm_fp8(
         WIDE=wide_weight,
         TILE=tile,
         num_warps=row_warps(tile),
+        EARLY=early,
+        launch_pdl=early,
     )
     return total, codes, steps
 
@@ -288,8 +295,11 @@ def _add_norm(
     LAYER: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One row: sum, norm, and codes where there are steps."""
+    if EARLY:
+        wait_for_the_kernel_before()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     inside = columns < WIDTH

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
 from splitserve_kernels.paged_kv import check_pool, gather, scale_strides, tile_dim
 from splitserve_kernels.paged_plan import UNIT_TOKENS, DecodePlan, plan_decode, seen_range
 from splitserve_kernels.paged_rules import (
@@ -76,6 +77,7 @@ def paged_decode(
     mixed = torch.empty((*states, head_dim), dtype=torch.float32, device=out.device)
     sums = torch.empty((*states, 2), dtype=torch.float32, device=out.device)
     tile_group, dim = int(triton.next_power_of_2(group)), tile_dim(head_dim)
+    early = launches_early(queries.device)
     _attend_run[(plan.programs,)](
         queries,
         keys,
@@ -118,6 +120,8 @@ def paged_decode(
         TILE_DIM=dim,
         TILE_STATES=max(1, min(16, 8192 // (tile_group * dim))),
         **_tiles(dim, queries.element_size(), codes != PLAIN.value),
+        EARLY=early,
+        launch_pdl=early,
     )
 
 
@@ -218,8 +222,11 @@ def _attend_run(
     TILE_STATES: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One run: pieces of (sequence, KV head) pairs, the first and the last maybe shared."""
+    if EARLY:
+        wait_for_the_kernel_before()
     program = tl.program_id(0)
     sequence = tl.load(begins + program * 4)
     before = tl.load(begins + program * 4 + 1)

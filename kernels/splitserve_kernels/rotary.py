@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
 from splitserve_kernels.head_codes import choose_scale, to_head_codes
 
 _TILE = 1024
@@ -204,6 +205,7 @@ def _launch(
     half = (head_dim if cos is None else cos.shape[-1]) // 2
     rest = head_dim - 2 * half
     tile_group, tile_half = triton.next_power_of_2(group), triton.next_power_of_2(half)
+    early = launches_early(queries.device)
     _rotate_and_store[(rows, kv_heads)](
         queries,
         keys,
@@ -231,6 +233,8 @@ def _launch(
         TILE_HALF=tile_half,
         TILE_REST=triton.next_power_of_2(rest) if rest else 1,
         num_warps=min(8, max(1, tile_group * tile_half // 256)),
+        EARLY=early,
+        launch_pdl=early,
     )
 
 
@@ -308,11 +312,14 @@ def _rotate_and_store(
     TILE_GROUP: tl.constexpr,
     TILE_HALF: tl.constexpr,
     TILE_REST: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One KV head of one row, with its query heads.
 
     A thread holds both members of a pair, so that turning in place overwrites nothing unread.
     """
+    if EARLY:
+        wait_for_the_kernel_before()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = queries.dtype.element_ty
     # Pair i is dimensions i * FIRST_STEP and i * FIRST_STEP + GAP.

@@ -13,16 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
 from splitserve_kernels.small_tiles import (
     TilePlan,
     arrive,
     ask_for,
     collect,
-    launches_early,
     leave,
     split_range,
     split_workspace,
-    wait_for_the_kernel_before,
 )
 
 Activation: TypeAlias = Literal["silu", "gelu_tanh", "gelu"]

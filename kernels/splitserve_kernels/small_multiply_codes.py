@@ -16,16 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
 from splitserve_kernels.small_tiles import (
     TilePlan,
     arrive,
     ask_for,
     collect,
-    launches_early,
     leave,
     split_range,
     split_workspace,
-    wait_for_the_kernel_before,
 )
 
 STEP_BITS, ZERO_BITS = tl.constexpr(-256), tl.constexpr(255)

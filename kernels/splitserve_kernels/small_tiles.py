@@ -104,21 +104,21 @@ def split_workspace(
     return sums, counters(device)
 
 
-@cache
 def counters(device: torch.device) -> Tensor:
     """One zero a tile, int32; every kernel leaves zeros behind.
 
-    Products on one device share them and must not run at the same time on two streams. The first
-    call must come before a graph is captured: raises `RuntimeError` otherwise.
+    Products on one stream share them, as they run one after the other. The first call on a stream
+    must come before a graph is captured there: raises `RuntimeError` otherwise.
     """
+    on_gpu = device.type == "cuda"
+    return _counters(device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0)
+
+
+@cache
+def _counters(device: torch.device, stream: int) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("run a product once on this device before capturing a graph of it")
+        raise RuntimeError("run a product once on this stream before capturing a graph of it")
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
-
-
-def launches_early(device: torch.device) -> bool:
-    """Whether programmatic dependent launch works there: Hopper and later."""
-    return device.type == "cuda" and _capability(device) >= (9, 0)
 
 
 def num_processors(device: torch.device) -> int:
@@ -126,11 +126,6 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @triton.jit
@@ -146,13 +141,6 @@ def ask_for(rows: tl.tensor, LINES: tl.constexpr) -> None:
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def wait_for_the_kernel_before() -> None:
-    """Let the next kernel start, and wait for the one before: reads and writes come after this."""
-    tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
