@@ -22,7 +22,7 @@ from services.router.auth import ApiKeys, OpenAccess
 from services.router.canary import Canary
 from services.router.config import ANY_MODEL, RouterConfig
 from services.router.decode_client import DecodeLinks
-from services.router.discovery import parse_targets
+from services.router.discovery import NO_WORKERS, parse_targets
 from services.router.dispatch import Dispatcher
 from services.router.generation import Generation
 from services.router.intake import Intake
@@ -171,7 +171,7 @@ def _assemble(
         metrics.router_split_working.set,
         interval_s=config.canary_interval_s,
         timeout_s=config.canary_timeout_s,
-        split_wait_s=config.split_wait_s,
+        split_wait_s=0.0 if config.prefill == NO_WORKERS else config.split_wait_s,
     )
     service = InferenceService(
         generation,

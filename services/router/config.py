@@ -23,7 +23,10 @@ class RouterConfig(ServiceConfig):
         9091, ge=0, le=65535, description="port of /metrics, /livez and /readyz, 0: a free one"
     )
 
-    prefill: str = Field("127.0.0.1:50052", description=f"prefill workers: {_TARGETS}")
+    prefill: str = Field(
+        "127.0.0.1:50052",
+        description=f"prefill workers: {_TARGETS}; none: decode workers compute prompts, too",
+    )
     decode: str = Field("127.0.0.1:50053", description=f"decode workers: {_TARGETS}")
     dns_refresh_s: float = Field(3.0, gt=0, description="seconds between two DNS look-ups")
     policy: str = Field(

@@ -72,14 +72,20 @@ class DnsTargets:
         return self._last
 
 
+NO_WORKERS = "none"
+"""In place of a tier's targets."""
+
+
 def parse_targets(text: str, *, variable: str, refresh_s: float) -> Targets:
-    """Targets from `HOST:PORT,HOST:PORT` or `dns:///NAME:PORT`.
+    """Targets from `HOST:PORT,HOST:PORT`, `dns:///NAME:PORT`, or `none`.
 
     Raises ConfigError that names `variable`.
     """
     if text.startswith(DNS_PREFIX):
         host, port = _split(text[len(DNS_PREFIX) :], variable)
         return DnsTargets(host, port, refresh_s)
+    if text == NO_WORKERS:
+        return StaticTargets([])
     addresses = [part.strip() for part in text.split(",") if part.strip()]
     if not addresses:
         raise ConfigError(f"{variable}: names no address; give HOST:PORT,… or dns:///NAME:PORT")

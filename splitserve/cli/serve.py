@@ -35,7 +35,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--engine", choices=("torch", "fake"), default="torch", help="fake is for tests"
     )
-    parser.add_argument("--prefill-workers", type=positive, default=1, metavar="N")
+    parser.add_argument(
+        "--prefill-workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="0: decode workers compute prompts, too",
+    )
     parser.add_argument("--decode-workers", type=positive, default=1, metavar="N")
     _add_network_flags(parser)
     _add_engine_flags(parser)

@@ -43,6 +43,7 @@ class SuiteConfig:
     fixed_metrics_ports: bool = False
     """Metrics of each tier's first process on 9091 to 9094, or else on free ports."""
     num_prefill: int = 1
+    """0: decode workers compute prompts, too."""
     num_decode: int = 1
     otlp_endpoint: str | None = None
     log_level: str = "info"
@@ -57,8 +58,8 @@ class SuiteConfig:
             raise ConfigError(
                 f"tensor_parallel_size {self.tensor_parallel_size}: the fake engine has no ranks"
             )
-        if self.num_prefill < 1 or self.num_decode < 1:
-            raise ConfigError("workers: each tier needs at least one")
+        if self.num_prefill < 0 or self.num_decode < 1:
+            raise ConfigError("workers: the decode tier needs at least one")
 
     @property
     def served_name(self) -> str:
@@ -96,7 +97,7 @@ def plan(config: SuiteConfig) -> list[ServicePlan]:
     # its steps are not held up by a prompt that is computed beside it.
     threads = max(1, share_of_cores() // config.tensor_parallel_size)
     decode = (*worker, "--threads", str(threads))
-    targets = ("--prefill", ",".join(prefills), "--decode", ",".join(decodes))
+    targets = ("--prefill", ",".join(prefills) or "none", "--decode", ",".join(decodes))
     return [
         _service(config, "kvstore", 0, kvstore, ()),
         *(_service(config, "prefill", i, at, worker) for i, at in enumerate(prefills)),

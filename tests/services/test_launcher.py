@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from splitserve.client import Client
+from splitserve.engine.fake import expected_tokens
 from splitserve.errors import Unavailable
 from splitserve.launcher import LocalSuite, StopSignals, SuiteConfig
 from splitserve.sampling import SamplingParams
@@ -53,6 +54,18 @@ def test_a_suite_starts_serves_and_stops(tmp_path: Path):
     host, port = suite.target.rsplit(":", 1)
     with socket.socket() as probe:
         assert probe.connect_ex((host, int(port))) != 0
+
+
+def test_a_suite_without_a_prefill_tier_serves(tmp_path: Path):
+    config = SuiteConfig(engine="fake", num_prefill=0, num_decode=2, drain_grace_s=1.0)
+    prompt = list(range(1, 100))
+    with StopSignals() as signals, LocalSuite(config, signals, tmp_path) as suite:
+        suite.start(START_S)
+        assert len(suite.pids) == 4
+        with Client(suite.target) as client:
+            params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+            output = client.generate(prompt, params)
+    assert output.outputs[0].token_ids == expected_tokens(prompt, 5)
 
 
 def test_a_process_that_cannot_start_is_told_in_its_own_words(tmp_path: Path):
