@@ -24,6 +24,14 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """A type for argparse: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
 def positive_float(text: str) -> float:
     """A type for argparse: a finite number above 0."""
     value = float(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from splitserve.cli.options import add_precision_flags, positive, positive_float
+from splitserve.cli.options import add_precision_flags, not_negative, positive, positive_float
 from splitserve.launcher import LocalSuite, StopSignals, SuiteConfig
 from splitserve.launcher.suite import START_TIMEOUT_S
 
@@ -17,8 +17,8 @@ A setting that is not listed here is set through the environment: SPLITSERVE_MAX
 --max-queue of every service that has it, as `python -m services.decode --help` lists them.
 """
 _ENGINE_FLAGS = (
-    *("dtype", "device", "threads", "pool_bytes", "max_batch", "max_step_tokens"),
-    *("max_context_tokens", "transport", "quantization", "kv_dtype"),
+    *("dtype", "threads", "pool_bytes", "max_batch", "max_step_tokens"),
+    *("max_context_tokens", "transport", "quantization", "kv_dtype", "gpu_memory_utilization"),
 )
 
 
@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--prefill-workers",
-        type=int,
+        type=not_negative,
         default=1,
         metavar="N",
         help="0: decode workers compute prompts, too",
@@ -94,6 +94,8 @@ def _config(options: argparse.Namespace) -> SuiteConfig:
     return SuiteConfig(
         model=options.model,
         model_name=options.model_name,
+        load_format=options.load_format,
+        devices=tuple(options.device.split(",")) if options.device else (),
         engine=options.engine,
         tensor_parallel_size=options.tensor_parallel_size or 1,
         host=options.host,
@@ -132,8 +134,17 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: random weights of the shape that config.json says",
+    )
     group.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
-    group.add_argument("--device", help="cpu or cuda")
+    group.add_argument(
+        "--gpu-memory-utilization", metavar="X", help="share of a GPU's memory for a worker"
+    )
+    group.add_argument("--device", help="cpu, cuda, or cuda:0,cuda:1,… for the workers in turn")
     add_precision_flags(group)
     group.add_argument(
         "--deterministic", action="store_true", help="the same bits in any batch and topology"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from splitserve.engine.threads import share_of_cores
 from splitserve.errors import ConfigError
 from splitserve.model_name import default_model_name
+from splitserve.weights.checkpoint import read_config
 
 # The arithmetic model of tests has a vocabulary of its own, and no checkpoint to read it from.
 FAKE_VOCAB_SIZE = 1000
@@ -29,6 +31,8 @@ class SuiteConfig:
 
     model: str = ""
     model_name: str = ""
+    load_format: str = "auto"
+    """dummy: random weights of the shape that the model's config.json says; token ids only."""
     engine: str = "torch"
     tensor_parallel_size: int = 1
     """Ranks of each worker, processes of this machine."""
@@ -42,6 +46,8 @@ class SuiteConfig:
     kvstore_port: int = 0
     fixed_metrics_ports: bool = False
     """Metrics of each tier's first process on 9091 to 9094, or else on free ports."""
+    devices: tuple[str, ...] = ()
+    """Workers take these in turn, prefill workers first; without any, what their settings say."""
     num_prefill: int = 1
     """0: decode workers compute prompts, too."""
     num_decode: int = 1
@@ -59,7 +65,7 @@ class SuiteConfig:
                 f"tensor_parallel_size {self.tensor_parallel_size}: the fake engine has no ranks"
             )
         if self.num_prefill < 0 or self.num_decode < 1:
-            raise ConfigError("workers: the decode tier needs at least one")
+            raise ConfigError("workers: decode needs at least one, prefill none or more")
 
     @property
     def served_name(self) -> str:
@@ -97,11 +103,15 @@ def plan(config: SuiteConfig) -> list[ServicePlan]:
     # its steps are not held up by a prompt that is computed beside it.
     threads = max(1, share_of_cores() // config.tensor_parallel_size)
     decode = (*worker, "--threads", str(threads))
+    on = itertools.cycle([("--device", device) for device in config.devices] or [()])
     targets = ("--prefill", ",".join(prefills) or "none", "--decode", ",".join(decodes))
     return [
         _service(config, "kvstore", 0, kvstore, ()),
-        *(_service(config, "prefill", i, at, worker) for i, at in enumerate(prefills)),
-        *(_service(config, "decode", i, at, decode) for i, at in enumerate(decodes)),
+        *(
+            _service(config, "prefill", i, at, (*worker, *next(on)))
+            for i, at in enumerate(prefills)
+        ),
+        *(_service(config, "decode", i, at, (*decode, *next(on))) for i, at in enumerate(decodes)),
         _service(config, "router", 0, router, (*targets, *_router_flags(config))),
     ]
 
@@ -141,17 +151,18 @@ def _engine_flags(config: SuiteConfig) -> tuple[str, ...]:
         *("--engine", config.engine, "--model-name", config.served_name),
         *("--tensor-parallel-size", str(config.tensor_parallel_size)),
     )
-    return (*flags, "--model", config.model) if config.model else flags
+    if not config.model:
+        return flags
+    return (*flags, "--model", config.model, "--load-format", config.load_format)
 
 
 def _router_flags(config: SuiteConfig) -> tuple[str, ...]:
     name = ("--model-name", config.served_name)
-    if config.engine == "torch":
+    if config.engine == "torch" and config.load_format == "auto":
         return (*name, "--model", config.model)
-    limits = (
-        "--vocab-size",
-        str(FAKE_VOCAB_SIZE),
-        "--max-context-tokens",
-        str(FAKE_CONTEXT_TOKENS),
-    )
+    vocab, context = FAKE_VOCAB_SIZE, FAKE_CONTEXT_TOKENS
+    if config.engine == "torch":
+        shape = read_config(config.model)
+        vocab, context = shape.vocab_size, shape.max_context_tokens
+    limits = ("--vocab-size", str(vocab), "--max-context-tokens", str(context))
     return (*name, "--skip-tokenizer-init", *limits)

@@ -63,7 +63,7 @@ class LocalSuite:
         words of a process that ended, DeadlineExceeded naming those that were not ready within
         `timeout_s`.
         """
-        if self._config.model:
+        if self._config.model and self._config.load_format == "auto":
             # A broken checkpoint is one line here and would be one of each process.
             check_weights(open_checkpoint(self._config.model), self._config.tensor_parallel_size)
         for each in plan(self._config):

@@ -49,7 +49,7 @@ def test_help_is_there(command: str, capsys: Capture):
         (["chat", "--target", "a:1", "--n", "2"], "goes on from one answer"),
         (["serve"], "name a checkpoint"),
         (["serve", "--model", "/nowhere"], "/nowhere: no such file"),
-        (["serve", "--engine", "fake", "--prefill-workers", "0"], "--prefill-workers"),
+        (["serve", "--engine", "fake", "--prefill-workers", "-1"], "--prefill-workers"),
         (["bench", "--target", "a:1", "--workload", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["models", "/nowhere"], ""),
     ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from splitserve.errors import ConfigError
@@ -68,11 +71,33 @@ def test_the_name_is_the_checkpoints(model: str, name: str):
     assert SuiteConfig(model=model, model_name="mine").served_name == "mine"
 
 
+def test_workers_take_the_devices_in_turn():
+    config = SuiteConfig(engine="fake", num_decode=2, devices=("cuda:0", "cuda:1"))
+    commands = {each.name: each.command for each in plan(config)}
+    on = {name: c[c.index("--device") + 1] for name, c in commands.items() if "--device" in c}
+    assert on == {"prefill": "cuda:0", "decode": "cuda:1", "decode-1": "cuda:0"}
+
+
+def test_the_router_of_random_weights_takes_token_ids(tmp_path: Path):
+    shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
+    shape |= {"intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    shape |= {"vocab_size": 200, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = SuiteConfig(model=str(tmp_path), load_format="dummy")
+    commands = {each.name: each.command for each in plan(config)}
+    assert "--skip-tokenizer-init" in commands["router"]
+    assert commands["router"][commands["router"].index("--vocab-size") + 1] == "200"
+    assert "--model" not in commands["router"]
+    assert commands["decode"][commands["decode"].index("--load-format") + 1] == "dummy"
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="model"):
         SuiteConfig()
     with pytest.raises(ConfigError, match="at least one"):
         SuiteConfig(engine="fake", num_decode=0)
+    with pytest.raises(ConfigError, match="at least one"):
+        SuiteConfig(engine="fake", num_prefill=-1)
 
 
 def test_free_ports_differ():
