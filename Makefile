@@ -57,7 +57,7 @@ check: install model lint types ## lint, types and unit tests: under a minute
 	$(BIN)/pytest tests/unit -m "not slow"
 
 .PHONY: test
-test: install model lint types protos-check unit families services kernels e2e k8s ## every check there is
+test: install model lint types protos-check unit families services kernels gpu e2e k8s ## every check there is
 
 .PHONY: lint
 lint: install ## style and format
@@ -90,7 +90,11 @@ services: install ## tests of services over real gRPC, with the fake engine
 
 .PHONY: kernels
 kernels: install ## tests of kernels against their plain references
-	$(if $(wildcard tests/kernels/test_*.py),TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels,@echo "kernels: none yet")
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+
+.PHONY: gpu
+gpu: install ## tests of the engine on a GPU; skipped where there is none
+	$(BIN)/pytest tests/gpu
 
 .PHONY: e2e
 e2e: install model ## tests of the whole suite with the real small model
