@@ -1,8 +1,12 @@
 """How fast KV blocks go from one worker to another through the store.
 
     python benchmarks/handoff.py [--blocks 32] [--block-bytes 737280] [--rounds 9]
+    python benchmarks/handoff.py --model .models/SmolLM2-135M-Instruct.Q4_1.gguf --json out.json
+    python benchmarks/handoff.py --device cuda --gpus 0,1 --load-format dummy \\
+        --model benchmarks/models/llama-3.1-8b --transport device
 
-Starts a store process and two clients of it. One round reserves, writes, digests and commits all
+With a model it hands prompts over between two workers, see `handoff_workers`. Without one it
+starts a store process and two clients of it. One round reserves, writes, digests and commits all
 blocks on one client, and awaits, copies and verifies them on the other, the way a prefill and a
 decode worker do. Prints one JSON object: for each transport the median GB/s of the whole and its
 parts, where a byte that went all the way counts once. `memcpy` is what this machine copies.
@@ -21,7 +25,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from pathlib import Path
 
+import handoff_workers
 import numpy as np
 
 from splitserve.kv.client import KvStoreClient
@@ -134,19 +140,15 @@ def bare(layout: KvLayout, rounds: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--block-bytes", type=int, default=737_280)
-    parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
+def store_only(args: argparse.Namespace) -> dict[str, object]:
+    """The rounds between two clients of a store."""
     layout = KvLayout(b"m" * 32, BLOCK_TOKENS, args.block_bytes)
     with store_process(2 * args.blocks * (args.block_bytes + 4096)) as address:
         results: dict[str, object] = {
             transport: asyncio.run(measure(address, transport, layout, args.blocks, args.rounds))
             for transport in TRANSPORTS
         }
-    report: dict[str, object] = {
+    return {
         "blocks": args.blocks,
         "block_bytes": args.block_bytes,
         "rounds": args.rounds,
@@ -155,7 +157,20 @@ def main() -> None:
         **dict(results),
         "one_thread": bare(layout, args.rounds),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--block-bytes", type=int, default=737_280)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the report there, too")
+    handoff_workers.add_arguments(parser)
+    args = parser.parse_args()
+    report = handoff_workers.run(args) if args.model else store_only(args)
     print(json.dumps(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

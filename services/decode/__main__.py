@@ -60,12 +60,11 @@ def _loader(worker: Worker, submission: Submission) -> BlockLoader | None:
         return BlockLoader(
             submission.lease,
             open_store=worker.stores.open,
-            insert_page=worker.engine.insert_page,
             loaded=worker.core.loaded,
             block_bytes=worker.engine.spec.block_bytes,
             wait_for_writer=True,
             timeout_s=submission.deadline_s or LONGEST_LOAD_S,
-            copier=worker.copier,
+            num_loads=len(submission.outputs),
         )
 
 

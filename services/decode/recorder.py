@@ -62,9 +62,10 @@ class Recorder:
         if request.loader is None or not request.loader.stats.began_ns:
             return
         stats, lease = request.loader.stats, request.submission.lease
-        attributes: dict[str, int | str] = {
+        attributes: dict[str, int | str | float] = {
             names.KV_BLOCKS: stats.num_blocks,
             names.KV_BYTES: stats.num_bytes,
+            names.KV_BUSY_MS: stats.busy_ns / 1e6,
             names.KV_TRANSPORT: stats.transport,
             names.KV_LEASE_ID: lease.lease_id if lease else "",
         }
@@ -77,7 +78,7 @@ class Recorder:
     ) -> None:
         first = request.first_token_ns
         began = self._decode_began(request)
-        attributes: dict[str, int | str] = {
+        attributes: dict[str, int | str | float] = {
             names.GEN_AI_USAGE_OUTPUT_TOKENS: request.num_tokens,
             names.GEN_AI_USAGE_INPUT_TOKENS: len(request.submission.prompt),
             names.CACHED_TOKENS: request.num_cached,
@@ -102,7 +103,7 @@ class Recorder:
         name: str,
         start_ns: int,
         end_ns: int,
-        attributes: dict[str, int | str],
+        attributes: dict[str, int | str | float],
         status: Status | None,
         events: list[tuple[str, int]] | None = None,
     ) -> None:

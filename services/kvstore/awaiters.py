@@ -11,20 +11,25 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
 from services.kvstore.block import Block
+from services.kvstore.pools import Reach
 from splitserve.errors import LeaseEnded, Overloaded
+from splitserve.kv.layout import PartialBlock
 
 Decided = tuple[list[Block], list[bytes]]
 _K = TypeVar("_K")
+_NOWHERE = Reach()
 
 
 class Awaiter:
     """One call that waits. Its owner iterates `batches`; the store decides keys."""
 
-    def __init__(self, lease_id: str, keys: Iterable[bytes]) -> None:
+    def __init__(self, lease_id: str, keys: Iterable[bytes], reach: Reach = _NOWHERE) -> None:
         self.lease_id = lease_id
+        self.reach = reach
         self.pending = set(keys)
         self._ready: list[Block] = []
         self._missing: list[bytes] = []
+        self._partial: dict[bytes, PartialBlock] = {}
         self._lease_ended = False
         self._changed = asyncio.Event()
 
@@ -37,17 +42,29 @@ class Awaiter:
             self._ready.append(block)
         self._changed.set()
 
+    def tell(self, partial: PartialBlock) -> None:
+        """How far a pending block is."""
+        self._partial[partial.key] = partial
+        self._changed.set()
+
+    def take_partial(self) -> list[PartialBlock]:
+        """What `tell` was told since the last time, of blocks that are still pending."""
+        partial, self._partial = self._partial, {}
+        return [block for key, block in partial.items() if key in self.pending]
+
     def end(self) -> None:
         """The lease has ended: nothing more is decided."""
         self._lease_ended = True
         self._changed.set()
 
     async def batches(self) -> AsyncIterator[Decided]:
-        """What was decided since the last time, until every key was. Raises LeaseEnded."""
+        """What was decided since the last time, until every key was; nothing at all, if there is
+        something for `take_partial`. Raises LeaseEnded.
+        """
         while True:
             if self._lease_ended:
                 raise LeaseEnded("the lease ended while its blocks were awaited")
-            if self._ready or self._missing:
+            if self._ready or self._missing or self._partial:
                 decided = self._ready, self._missing
                 self._ready, self._missing = [], []
                 yield decided

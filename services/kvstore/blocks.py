@@ -5,15 +5,19 @@
       |<--abandon, writer's lease ends           |<------------- hold -------------|
       |<----------------------------- evict, least recently used first ------------|
 
+A block may be committed where it is in a worker's pool instead, and takes no space then. Reserved
+anew by the lease that shared it, it becomes a reserved block with space, to be written there.
+
 Invariants:
-* a block has exactly one extent of the space, and no extent is in two blocks;
+* a block has exactly one extent of the space, and no extent is in two blocks, unless it stays in a
+  pool: then it has none;
 * a reserved block has a writer, which is one of its holders; a committed one has a digest;
 * a block is at rest if and only if it is committed and nobody holds it, and only such a block is
   evicted;
 * a damaged block leaves the table at once, but its extent is free only when its last holder, who
   may be copying it, is gone;
 * partial blocks never rest: no other prompt can have their key but the very same one, so they are
-  dropped with their last hold.
+  dropped with their last hold. So are blocks in pools, and all of a pool when it is gone.
 
 The table knows nothing of time to live, sockets or tasks; it is told of leases that end.
 """
@@ -23,7 +27,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from services.kvstore.block import Block, Reserved, ReserveOutcome
+from services.kvstore.block import Block, PoolPlace, Reserved, ReserveOutcome
 from services.kvstore.space import Extent, Space, round_up
 from splitserve.errors import BlockNotFound, InvalidRequest, LeaseEnded, Overloaded
 from splitserve.kv.layout import WRITE_GRACE_S, BlockSpec
@@ -35,11 +39,18 @@ def _ignore(block: Block) -> None:
     """Tells nobody."""
 
 
+def _never(key: bytes) -> bool:
+    """No block stays in a pool."""
+    return False
+
+
 class BlockTable:
     """All blocks of one arena. Every method is atomic: it raises before it changes anything.
 
     `may_rest` tells whether a block is worth keeping when nobody holds it. `on_committed` and
-    `on_dropped` are called after a block became visible and after it left the table.
+    `on_dropped` are called after a block became visible and after it left the table, `on_moved`
+    when a block in a pool is about to be written to the arena, and `on_stuck` when the lease that
+    could have had it written there has ended, though others hold it.
     """
 
     def __init__(
@@ -50,17 +61,23 @@ class BlockTable:
         may_rest: Callable[[BlockSpec], bool],
         on_committed: BlockListener = _ignore,
         on_dropped: BlockListener = _ignore,
+        on_moved: BlockListener = _ignore,
+        on_stuck: BlockListener = _ignore,
     ) -> None:
         self._space = space
         self._clock = clock
         self._may_rest = may_rest
         self._on_committed = on_committed
         self._on_dropped = on_dropped
+        self._on_moved = on_moved
+        self._on_stuck = on_stuck
         self._blocks: dict[bytes, Block] = {}
         # Insertion order is the order a lease came to hold them in: a prompt's, front to back.
         self._held_by: dict[str, dict[bytes, None]] = {}
         # Damaged blocks that left the table, until the leases that hold them end.
         self._damaged_held_by: dict[str, list[Block]] = {}
+        # Keys of what is committed in each pool.
+        self._in_pool: dict[int, set[bytes]] = {}
         self._resting: OrderedDict[bytes, Block] = OrderedDict()
         self._resting_bytes = 0
         # (when it may be reused, extent), in order of time.
@@ -84,29 +101,40 @@ class BlockTable:
         """Blocks that a live lease holds; reserved ones are held by their writer."""
         return len(self._blocks) - len(self._resting)
 
-    def reserve(self, lease_id: str, specs: Sequence[BlockSpec]) -> list[Reserved]:
-        """Sets space aside for what is absent and holds the rest, all or nothing.
+    def reserve(
+        self,
+        lease_id: str,
+        specs: Sequence[BlockSpec],
+        in_pool: Callable[[bytes], bool] = _never,
+    ) -> list[Reserved]:
+        """Sets space aside for what is absent and holds the rest, all or nothing. What stays
+        `in_pool` gets no space.
 
         A block that this lease reserved before is answered WRITE again, at the same place: the
-        work was handed to another worker after the first was lost.
+        work was handed to another worker after the first was lost. So is one that it shared in a
+        pool and that may not stay there.
 
         Raises Overloaded if the space is held, InvalidRequest if specs contradict each other or
         an earlier reservation.
         """
         self._check_specs(lease_id, specs)
-        absent = [spec for spec in specs if spec.key not in self._blocks]
+        stays = {spec.key for spec in specs if in_pool(spec.key)}
+        lacking = [spec for spec in specs if self._lacks_space(lease_id, spec.key, stays)]
         # Blocks asked for that are at rest must not be evicted to make room for the others.
         pinned = [spec.key for spec in specs if spec.key in self._resting]
-        extents = iter(self._allocate([spec.size_bytes for spec in absent], keep=set(pinned)))
+        sizes = [spec.size_bytes for spec in lacking]
+        allocated = self._allocate(sizes, keep=set(pinned))
+        extents = {spec.key: extent for spec, extent in zip(lacking, allocated, strict=True)}
         answers = []
         for spec in specs:
             block = self._blocks.get(spec.key)
             if block is None:
-                answers.append(
-                    Reserved(ReserveOutcome.WRITE, self._add(lease_id, spec, next(extents)))
-                )
+                block = self._add(lease_id, spec, extents.get(spec.key))
+                answers.append(Reserved(ReserveOutcome.WRITE, block))
                 continue
             self._hold(lease_id, block)
+            if spec.key in extents:
+                self._give_space(lease_id, block, extents[spec.key])
             if block.committed:
                 answers.append(Reserved(ReserveOutcome.PRESENT, block))
             elif block.writer == lease_id:
@@ -133,17 +161,49 @@ class BlockTable:
             if again and block is not None and block.digest == digest:
                 continue
             fresh[key] = (self.writable(lease_id, key), digest)
+        if any(block.extent is None for block, _ in fresh.values()):
+            raise InvalidRequest.single(
+                "blocks.pool_page", "must be set, as no space was set aside"
+            )
         for block, digest in fresh.values():
-            block.writer, block.digest = None, digest
-            self.num_reserved -= 1
-            self._on_committed(block)
+            self._become_visible(block, digest)
+
+    def share(self, lease_id: str, places: Sequence[tuple[bytes, bytes, PoolPlace]]) -> None:
+        """Makes (key, digest, place) blocks visible where they are, all or none. The errors are
+        those of `commit`.
+        """
+        blocks = [self.writable(lease_id, key) for key, _, _ in places]
+        if any(block.extent is not None for block in blocks):
+            raise InvalidRequest.single("blocks.pool_page", "must not be set, as there is space")
+        for block, (key, digest, place) in zip(blocks, places, strict=True):
+            block.pool = place
+            self._in_pool.setdefault(place.pool_id, set()).add(key)
+            self._become_visible(block, digest)
 
     def abandon(self, lease_id: str, keys: Iterable[bytes]) -> None:
-        """Drops those of `keys` that are reserved under the lease."""
+        """Drops those of `keys` that are reserved under the lease, or shared under it."""
         for key in keys:
             block = self._blocks.get(key)
-            if block is not None and block.writer == lease_id:
+            if block is None:
+                continue
+            if block.writer == lease_id or (block.pool and block.pool.lease_id == lease_id):
                 self._drop(block)
+
+    def drop_pool(self, pool_id: int) -> None:
+        """Drops all that is in a pool."""
+        for key in list(self._in_pool.get(pool_id, ())):
+            self._drop(self._blocks[key])
+
+    def let_go(self, lease_id: str, keys: Iterable[bytes]) -> None:
+        """Ends the lease's hold on those of `keys` that are in pools."""
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is None or block.pool is None or lease_id not in block.holders:
+                continue
+            block.holders.discard(lease_id)
+            del self._held_by[lease_id][key]
+            if not block.holders:
+                self._rest(block)
 
     def drop_damaged(self, lease_id: str, key: bytes, digest: bytes) -> bool:
         """Takes a damaged block out of the table, so that its key can be reserved anew.
@@ -188,9 +248,11 @@ class BlockTable:
                 self._drop(block)
             elif not block.holders:
                 self._rest(block)
+            elif block.pool and block.pool.lease_id == lease_id:
+                self._on_stuck(block)
         for block in self._damaged_held_by.pop(lease_id, ()):
             block.holders.discard(lease_id)
-            if not block.holders:
+            if not block.holders and block.extent:
                 self._space.release(block.extent)
 
     def reclaim(self) -> None:
@@ -224,7 +286,7 @@ class BlockTable:
     def _allocate(self, sizes: Sequence[int], keep: set[bytes]) -> list[Extent]:
         """One extent for each size, evicting what is needed; Overloaded and nothing otherwise."""
         needed = sum(map(round_up, sizes))
-        kept = sum(self._blocks[key].extent.size_bytes for key in keep)
+        kept = sum(self._blocks[key].arena_bytes for key in keep)
         # Checked first, so that a request that cannot be met costs no cached block.
         if needed > self._space.free_bytes + self._resting_bytes - kept:
             raise self._no_room(needed)
@@ -255,7 +317,37 @@ class BlockTable:
         self._drop(victim)
         return True
 
-    def _add(self, lease_id: str, spec: BlockSpec, extent: Extent) -> Block:
+    def _lacks_space(self, lease_id: str, key: bytes, stays: set[bytes]) -> bool:
+        """Whether the block must get space for this lease to write it."""
+        block = self._blocks.get(key)
+        if key in stays:
+            return False
+        if block is None:
+            return True
+        shared = block.pool is not None and block.pool.lease_id == lease_id
+        return block.extent is None and (shared or block.writer == lease_id)
+
+    def _give_space(self, lease_id: str, block: Block, extent: Extent) -> None:
+        block.extent = extent
+        if block.pool is not None:
+            self._on_moved(block)
+            self._leave_pool(block)
+            block.pool, block.writer, block.digest = None, lease_id, b""
+            self.num_reserved += 1
+
+    def _leave_pool(self, block: Block) -> None:
+        if block.pool is not None:
+            keys = self._in_pool[block.pool.pool_id]
+            keys.discard(block.key)
+            if not keys:
+                del self._in_pool[block.pool.pool_id]
+
+    def _become_visible(self, block: Block, digest: bytes) -> None:
+        block.writer, block.digest = None, digest
+        self.num_reserved -= 1
+        self._on_committed(block)
+
+    def _add(self, lease_id: str, spec: BlockSpec, extent: Extent | None) -> Block:
         block = Block(
             spec.key, extent, spec.size_bytes, spec.num_tokens, self._may_rest(spec), lease_id
         )
@@ -266,32 +358,34 @@ class BlockTable:
 
     def _hold(self, lease_id: str, block: Block) -> None:
         if self._resting.pop(block.key, None) is not None:
-            self._resting_bytes -= block.extent.size_bytes
+            self._resting_bytes -= block.arena_bytes
         block.holders.add(lease_id)
         self._held_by.setdefault(lease_id, {})[block.key] = None
 
     def _rest(self, block: Block) -> None:
-        if not block.may_rest:
+        if not block.may_rest or block.pool is not None:
             self._drop(block)
             return
         self._resting[block.key] = block
-        self._resting_bytes += block.extent.size_bytes
+        self._resting_bytes += block.arena_bytes
 
     def _drop(self, block: Block) -> None:
         """Takes a block out of the table and gives its space back, at once or after the grace."""
         self._unlink(block)
-        if block.committed:
+        if not block.committed:
+            self.num_reserved -= 1
+        if block.extent and block.committed:
             self._space.release(block.extent)
-        else:
+        elif block.extent:
             # Its writer may be in the middle of a copy that it began while the lease was live.
             # Nobody else gets the space until that copy must be over (see WRITE_GRACE_S).
-            self.num_reserved -= 1
             self._quarantine.append((self._clock() + WRITE_GRACE_S, block.extent))
         self._on_dropped(block)
 
     def _unlink(self, block: Block) -> None:
         del self._blocks[block.key]
+        self._leave_pool(block)
         if self._resting.pop(block.key, None) is not None:
-            self._resting_bytes -= block.extent.size_bytes
+            self._resting_bytes -= block.arena_bytes
         for lease_id in block.holders:
             self._held_by.get(lease_id, {}).pop(block.key, None)

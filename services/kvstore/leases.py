@@ -77,6 +77,11 @@ class Leases:
             )
         return lease
 
+    def is_live(self, lease_id: str) -> bool:
+        """Whether a lease of this epoch is live by the clock."""
+        lease = self._live.get(lease_id)
+        return lease is not None and lease.expires_at > self._clock()
+
     def renew(self, lease_id: str, epoch: int, ttl_ms: int) -> bool:
         """Extends a lease to at least `ttl_ms` from now, never shortens it. False: it has ended."""
         self._check_ttl(ttl_ms)

@@ -6,6 +6,7 @@ Raises the suite's typed errors; the server's interceptor turns them into status
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 
 from services.kvstore import validation
-from services.kvstore.block import Block, ReserveOutcome
+from services.kvstore.block import Block, Reserved, ReserveOutcome
 from services.kvstore.directory import Directory
+from services.kvstore.pools import SharedKey
 from services.kvstore.store import Store
 from splitserve.errors import DeadlineExceeded, InvalidRequest
 from splitserve.kv.layout import Lease
@@ -65,6 +67,7 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     def drain(self) -> None:
         """Ends the streams that would never end by themselves."""
         self._draining.set()
+        self._store.pools.close()
 
     async def Connect(
         self, request: kvstore_pb2.ConnectRequest, context: Context
@@ -108,10 +111,8 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         lease, specs = validation.lease(request.lease), validation.specs(request.blocks)
         return kvstore_pb2.ReserveBlocksResponse(
             reservations=[
-                kvstore_pb2.Reservation(
-                    state=_STATES[answer.outcome], arena_offset=answer.block.extent.offset
-                )
-                for answer in self._store.reserve(lease, specs)
+                _reservation(answer)
+                for answer in self._store.reserve(lease, specs, request.pool_id)
             ]
         )
 
@@ -139,8 +140,20 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.CommitBlocksRequest, context: Context
     ) -> kvstore_pb2.CommitBlocksResponse:
         """Makes blocks visible."""
-        self._store.commit(validation.lease(request.lease), validation.digests(request.blocks))
+        lease = validation.lease(request.lease)
+        if any(block.HasField("pool_page") for block in request.blocks):
+            self._store.share(lease, validation.pool_pages(request.blocks))
+        else:
+            self._store.commit(lease, validation.digests(request.blocks))
         return kvstore_pb2.CommitBlocksResponse()
+
+    async def ReportLayers(
+        self, request: kvstore_pb2.ReportLayersRequest, context: Context
+    ) -> kvstore_pb2.ReportLayersResponse:
+        """Tells how far blocks are."""
+        lease = validation.lease(request.lease)
+        self._store.report(lease, validation.partial_blocks(request.blocks))
+        return kvstore_pb2.ReportLayersResponse()
 
     async def AbandonBlocks(
         self, request: kvstore_pb2.AbandonBlocksRequest, context: Context
@@ -164,9 +177,14 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> AsyncIterator[kvstore_pb2.AwaitBlocksResponse]:
         """Names blocks as they become readable."""
         lease, keys = validation.lease(request.lease), validation.keys("keys", request.keys)
-        awaiter = self._store.start_await(lease, keys, request.wait_for_writer)
+        reach = validation.reach(request)
+        awaiter = self._store.start_await(lease, keys, request.wait_for_writer, reach)
         try:
             async for ready, missing in awaiter.batches():
+                if partial := awaiter.take_partial():
+                    yield kvstore_pb2.AwaitBlocksResponse(
+                        partial=[block.to_proto() for block in partial]
+                    )
                 for start in range(0, max(len(ready), len(missing)), _MAX_READY_PER_MESSAGE):
                     upto = start + _MAX_READY_PER_MESSAGE
                     yield kvstore_pb2.AwaitBlocksResponse(
@@ -186,6 +204,43 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
                 data = self._store.read_part(lease, key, offset)
                 yield kvstore_pb2.ReadBlocksResponse(key=key, offset_bytes=offset, data=data)
                 offset += len(data)
+
+    async def LetGoBlocks(
+        self, request: kvstore_pb2.LetGoBlocksRequest, context: Context
+    ) -> kvstore_pb2.LetGoBlocksResponse:
+        """Ends holds on blocks in pools."""
+        self._store.let_go(validation.lease(request.lease), validation.keys("keys", request.keys))
+        return kvstore_pb2.LetGoBlocksResponse()
+
+    async def SharePool(
+        self, request: kvstore_pb2.SharePoolRequest, context: Context
+    ) -> AsyncIterator[kvstore_pb2.SharePoolResponse]:
+        """Registers a pool for as long as the stream lives."""
+        worker_id = validation.name("worker_id", request.worker_id)
+        domain = validation.name("domain", request.domain)
+        pool = self._store.share_pool(domain, validation.handle(request.handle))
+        try:
+            _log.info("%s shares its pool", worker_id)
+            yield kvstore_pb2.SharePoolResponse(pool_id=pool.pool_id)
+            async for gone, wanted in pool.changes():
+                yield kvstore_pb2.SharePoolResponse(
+                    gone=map(_shared_block, gone), wanted=map(_shared_block, wanted)
+                )
+        finally:
+            self._store.unshare_pool(pool)
+
+    async def WatchPools(
+        self, request: kvstore_pb2.WatchPoolsRequest, context: Context
+    ) -> AsyncIterator[kvstore_pb2.WatchPoolsResponse]:
+        """Names the pools of a domain."""
+        domain = validation.name("domain", request.domain)
+        async with contextlib.aclosing(self._store.pools.watch(domain)) as changes:
+            async for pools in changes:
+                yield kvstore_pb2.WatchPoolsResponse(
+                    pools=[
+                        kvstore_pb2.Pool(pool_id=pool.pool_id, handle=pool.handle) for pool in pools
+                    ]
+                )
 
     async def LookupBlocks(
         self, request: kvstore_pb2.LookupBlocksRequest, context: Context
@@ -261,11 +316,30 @@ async def _until(event: asyncio.Event, items: AsyncIterator[_T]) -> AsyncIterato
         stop.cancel()
 
 
+def _reservation(answer: Reserved) -> kvstore_pb2.Reservation:
+    extent = answer.block.extent
+    return kvstore_pb2.Reservation(
+        state=_STATES[answer.outcome],
+        arena_offset=extent.offset if extent else 0,
+        in_pool=extent is None,
+    )
+
+
 def _readable(block: Block) -> kvstore_pb2.ReadableBlock:
+    place = block.pool
     return kvstore_pb2.ReadableBlock(
         key=block.key,
-        arena_offset=block.extent.offset,
+        arena_offset=block.extent.offset if block.extent else 0,
         size_bytes=block.size_bytes,
         digest=block.digest,
         num_tokens=block.num_tokens,
+        pool_page=kvstore_pb2.PoolPage(
+            pool_id=place.pool_id, page=place.page, share_id=place.share_id
+        )
+        if place
+        else None,
     )
+
+
+def _shared_block(shared: SharedKey) -> kvstore_pb2.SharedBlock:
+    return kvstore_pb2.SharedBlock(key=shared[0], share_id=shared[1])

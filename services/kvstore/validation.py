@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from services.kvstore.pools import Reach
 from splitserve.errors import FieldViolation, InvalidRequest
 from splitserve.kv.codec import DIGEST_BYTES
 from splitserve.kv.keys import KEY_BYTES
-from splitserve.kv.layout import MAX_PART_BYTES, BlockSpec, KvLayout, Lease
+from splitserve.kv.layout import MAX_PART_BYTES, BlockSpec, KvLayout, Lease, PartialBlock, PoolPage
 from splitserve.v1 import common_pb2, kvstore_pb2
 
 MAX_KEYS = 65536
 """Most blocks one call may name."""
 
 _MAX_NAME_BYTES = 256
+_MAX_HANDLE_BYTES = 4096
 
 
 def name(field: str, value: str) -> str:
@@ -77,6 +79,39 @@ def digests(
         if len(message.digest) != DIGEST_BYTES
     )
     return [(message.key, message.digest) for message in messages]
+
+
+def pool_pages(
+    messages: Sequence[kvstore_pb2.BlockCommit],
+) -> list[tuple[bytes, bytes, PoolPage]]:
+    """(key, digest, page) of blocks that stay in a pool. Either all of a commit do or none."""
+    if any(not message.HasField("pool_page") for message in messages):
+        raise InvalidRequest.single("blocks.pool_page", "must be set for all blocks or for none")
+    return [
+        (key, digest, PoolPage.from_proto(message.pool_page))
+        for (key, digest), message in zip(digests(messages), messages, strict=True)
+    ]
+
+
+def partial_blocks(messages: Sequence[kvstore_pb2.PartialBlock]) -> list[PartialBlock]:
+    """How far blocks are."""
+    keys("blocks.key", (message.key for message in messages))
+    return [PartialBlock.from_proto(message) for message in messages]
+
+
+def handle(value: bytes) -> bytes:
+    """What maps a pool."""
+    if not 0 < len(value) <= _MAX_HANDLE_BYTES:
+        raise InvalidRequest.single("handle", f"must have 1 to {_MAX_HANDLE_BYTES} bytes")
+    return value
+
+
+def reach(message: kvstore_pb2.AwaitBlocksRequest) -> Reach:
+    """Which pools a reader can map."""
+    _check_count("unmapped_pool_ids", len(message.unmapped_pool_ids))
+    if len(message.pool_domain) > _MAX_NAME_BYTES:
+        raise InvalidRequest.single("pool_domain", f"at most {_MAX_NAME_BYTES} characters")
+    return Reach(message.pool_domain, frozenset(message.unmapped_pool_ids))
 
 
 def part(message: kvstore_pb2.WriteBlocksRequest) -> kvstore_pb2.WriteBlocksRequest:

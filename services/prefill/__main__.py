@@ -35,10 +35,7 @@ async def assembled(config: PrefillConfig) -> AsyncIterator[tuple[Worker, Prefil
             recorder=Recorder(worker.tracing, worker.metrics, worker.worker_id),
             spec=worker.engine.spec,
             limits=worker.limits,
-            export_page=worker.engine.export_page,
-            insert_page=worker.engine.insert_page,
             open_store=worker.stores.open,
-            copier=worker.copier,
             load_prefixes=not config.skip_prefix_cache,
         )
         service = PrefillService(bench)

@@ -1,10 +1,15 @@
 """Hands a prompt's blocks to the store while later layers are still being computed.
 
-1. The core reports that pages are set aside; space in the store is reserved under the lease.
-   A block that is there already, or that another is writing, is left to them.
-2. Each group of layers that is complete is copied out of the pages and written to the store.
+1. The core reports that pages are set aside; the blocks are reserved under the lease. A block that
+   is there already, or that another is writing, is left to them.
+2. Each group of layers that is complete is copied out of the pages into the store.
 3. A block whose layers are all written is committed with the digest of what was copied.
 4. Whatever was not committed in the end is abandoned, so that who awaits it is told.
+
+A block that may stay in the pool is committed where it is once it is whole; before that the store
+is told how far it is, for readers that copy ahead. Its page is kept until
+the store says that the block is gone: it was read, or its leases have ended. If someone who cannot
+map the pool waits for it, it goes the way of the others after all.
 
 The engine's thread only posts what is ready. Copies and digests run in the copier's threads, one
 round of them at a time: what becomes ready meanwhile is the next round. The compute waits for
@@ -24,14 +29,13 @@ from typing import Protocol
 
 from splitserve.engine.protocol import EngineSpec
 from splitserve.errors import SplitserveError
-from splitserve.kv.codec import block_digest
-from splitserve.kv.copier import Copier
+from splitserve.kv.codec import BlockHasher
 from splitserve.kv.layout import BlockSpec, KvLayout, Lease, Reservation
+from splitserve.kv.page_mover import PagePart
+from splitserve.kv.pool_sharing import PoolShare, ShareListener
 
-BLOCKS_PER_ROUND = 32
-"""Bounds the memory of one round of copies."""
-
-ExportPage = Callable[[int, int, int, memoryview], None]
+BLOCKS_PER_ROUND = 64
+"""Bounds the memory of one round of copies that go through buffers."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,19 +53,34 @@ class BlockWriter(Protocol):
         """The layout that digests cover."""
         ...
 
-    async def reserve(self, lease: Lease, blocks: Seq[BlockSpec]) -> list[Reservation]:
-        """Set space aside, all or nothing."""
+    def open_share(self, listener: ShareListener) -> PoolShare | None:
+        """A share for blocks that stay in the pool; None if they cannot."""
         ...
 
-    async def write(
-        self,
-        lease: Lease,
-        key: bytes,
-        reservation: Reservation,
-        offset_bytes: int,
-        data: memoryview,
+    def close_share(self, share: PoolShare) -> None:
+        """Tell its listener nothing more."""
+        ...
+
+    async def reserve(
+        self, lease: Lease, blocks: Seq[BlockSpec], share: PoolShare | None = None
+    ) -> list[Reservation]:
+        """Set space aside, all or nothing; with a share, blocks may stay in the pool."""
+        ...
+
+    async def put_pages(self, lease: Lease, parts: Seq[PagePart]) -> None:
+        """Copy layers of pages into the store, and digest them."""
+        ...
+
+    async def report_layers(
+        self, lease: Lease, share: PoolShare, blocks: Seq[tuple[bytes, int, int]]
     ) -> None:
-        """Copy a part of a block into the store."""
+        """Tell how many layers of (key, page, num_layers) blocks in the pool are computed."""
+        ...
+
+    async def share_pages(
+        self, lease: Lease, share: PoolShare, blocks: Seq[tuple[bytes, int, int]]
+    ) -> None:
+        """Commit (key, num_tokens, page) blocks where they are."""
         ...
 
     async def commit(self, lease: Lease, blocks: Iterable[tuple[bytes, bytes]]) -> None:
@@ -78,13 +97,18 @@ OpenStore = Callable[[Lease], Awaitable[BlockWriter]]
 
 @dataclass
 class HandOverStats:
-    """What was handed over, for the trace. Times are Unix nanoseconds, 0 for never."""
+    """What was handed over, for the trace. Times are Unix nanoseconds, 0 for never; `first_ns`
+    is when the first layers were at hand, `busy_ns` how long blocks were copied, digested or
+    committed.
+    """
 
     began_ns: int = 0
+    first_ns: int = 0
     ended_ns: int = 0
     num_blocks: int = 0
     num_bytes: int = 0
     num_present: int = 0
+    busy_ns: int = 0
     transport: str = ""
     lease_id: str = ""
     error: SplitserveError | None = None
@@ -92,7 +116,7 @@ class HandOverStats:
 
 @dataclass(eq=False)
 class _Block:
-    """0 <= written <= ready <= layers of the block."""
+    """0 <= written <= ready <= layers of the block. `reservation` is set until it is committed."""
 
     key: bytes
     page: int
@@ -100,12 +124,11 @@ class _Block:
     ready: int = 0
     written: int = 0
     reservation: Reservation | None = None
-    content: memoryview | None = None
-    digest: bytes = b""
+    hasher: BlockHasher | None = None
 
 
 class HandOver:
-    """The `KvSink` of one prompt."""
+    """The `KvSink` of one prompt, and the `ShareListener` of its blocks that stay in the pool."""
 
     def __init__(
         self,
@@ -113,20 +136,20 @@ class HandOver:
         *,
         prompt_tokens: int,
         spec: EngineSpec,
-        export_page: ExportPage,
         open_store: OpenStore,
-        copier: Copier,
     ) -> None:
         self._lease = lease
         self._prompt_tokens = prompt_tokens
         self._spec = spec
-        self._export_page = export_page
         self._open_store = open_store
-        self._copier = copier
         self._loop = asyncio.get_running_loop()
         # Of the request: what is called and logged here belongs to its trace.
         self._context = contextvars.copy_context()
         self._blocks: list[_Block] = []
+        self._pending: list[_Block] = []
+        self._share: PoolShare | None = None
+        self._shared: dict[bytes, _Block] = {}
+        self._wanted: list[_Block] = []
         self._news = asyncio.Event()
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
@@ -162,9 +185,24 @@ class HandOver:
             self._task.cancel()
 
     async def ended(self) -> None:
-        """Wait until nothing here touches a page any more."""
+        """Wait until nothing here touches a page any more, and nobody else reads one."""
         if self._task:
             await asyncio.wait([self._task])
+
+    def gone(self, keys: Iterable[bytes]) -> None:
+        """See `ShareListener.gone`."""
+        for key in keys:
+            self._shared.pop(key, None)
+        self._news.set()
+
+    def wanted(self, keys: Iterable[bytes]) -> None:
+        """See `ShareListener.wanted`."""
+        self._wanted += [self._shared.pop(key) for key in keys if key in self._shared]
+        self._news.set()
+
+    def lost(self) -> None:
+        """See `ShareListener.lost`."""
+        self.gone(list(self._shared))
 
     def _begin(self, keys: Seq[bytes], pages: Seq[int], num_cached_blocks: int) -> None:
         if self._cancelled:
@@ -190,10 +228,10 @@ class HandOver:
     async def _run(self) -> None:
         try:
             store = await self._open_store(self._lease)
-            self.stats.transport = store.transport_name
+            self._share = store.open_share(self)
             try:
-                await self._reserve(store)
-                await self._write_all(store)
+                await self._reserve(store, self._blocks, self._share)
+                await self._hand_over_all(store)
             finally:
                 await self._abandon_rest(store)
         except SplitserveError as error:
@@ -203,70 +241,106 @@ class HandOver:
             self.stats.error = SplitserveError("the hand-over failed; the worker's log says why")
             _log.exception("the hand-over failed: %s", error)
         finally:
-            self.stats.ended_ns = time.time_ns()
+            self.stats.ended_ns = self.stats.ended_ns or time.time_ns()
 
-    async def _reserve(self, store: BlockWriter) -> None:
-        size = self._spec.block_bytes
-        specs = [BlockSpec(block.key, size, block.num_tokens) for block in self._blocks]
-        reservations = await store.reserve(self._lease, specs)
-        for block, reservation in zip(self._blocks, reservations, strict=True):
+    async def _reserve(
+        self, store: BlockWriter, blocks: list[_Block], share: PoolShare | None
+    ) -> None:
+        size, fingerprint = self._spec.block_bytes, store.layout.fingerprint
+        specs = [BlockSpec(block.key, size, block.num_tokens) for block in blocks]
+        reservations = await store.reserve(self._lease, specs, share)
+        for block, reservation in zip(blocks, reservations, strict=True):
             if reservation.must_write:
-                block.reservation = reservation
+                block.reservation, block.written = reservation, 0
+                block.hasher = BlockHasher(block.key, block.num_tokens, fingerprint, size)
+                self._pending.append(block)
             else:
                 self.stats.num_present += 1
+        in_pool = any(r.must_write and r.in_pool for r in reservations)
+        self.stats.transport = "device" if in_pool else store.transport_name
 
-    async def _write_all(self, store: BlockWriter) -> None:
-        pending = [block for block in self._blocks if block.reservation]
-        while pending:
+    async def _hand_over_all(self, store: BlockWriter) -> None:
+        """Until all blocks are committed and nobody reads a page of ours any more."""
+        while self._pending or self._shared or self._wanted:
             self._news.clear()
-            batch = [block for block in pending if block.written < block.ready]
-            if batch:
-                await self._write_round(store, batch[:BLOCKS_PER_ROUND])
-                pending = [block for block in pending if not block.digest]
-            else:
+            if wanted := list(self._wanted):
+                await self._reserve(store, wanted, None)
+                del self._wanted[: len(wanted)]
+            due = [block for block in self._pending if block.written < block.ready]
+            if batch := due[:BLOCKS_PER_ROUND]:
+                self.stats.first_ns = self.stats.first_ns or time.time_ns()
+                began = time.monotonic_ns()
+                await self._write_round(store, batch)
+                self.stats.busy_ns += time.monotonic_ns() - began
+                self._pending = [block for block in self._pending if block.reservation]
+            elif not self._wanted:
                 await self._news.wait()
 
     async def _write_round(self, store: BlockWriter, batch: list[_Block]) -> None:
-        """Copy what is ready of each block, write it, and commit those that are whole."""
-        ends = [block.ready for block in batch]
-        await self._copier.run(self._export, batch, ends, store.layout.fingerprint)
-        writes = [
-            self._write_part(store, block, end) for block, end in zip(batch, ends, strict=True)
-        ]
-        # With return_exceptions, the call ends only when every write has: none touches memory
-        # of ours, or space of the store's, after that.
-        for fault in await asyncio.gather(*writes, return_exceptions=True):
-            if fault is not None:
-                raise fault
-        whole = [block for block in batch if block.digest]
+        """Copy what is ready of each block, or leave it where it is, and commit what is whole."""
+        staying = [block for block in batch if _stays(block)]
+        if staying and self._share:
+            await self._leave_in_pool(store, self._share, staying)
+        going = [block for block in batch if not _stays(block) and block.reservation]
+        if going:
+            await self._write_to_arena(store, going)
+
+    async def _write_to_arena(self, store: BlockWriter, blocks: list[_Block]) -> None:
+        parts = [_part(block, block.ready) for block in blocks]
+        await store.put_pages(self._lease, parts)
+        for block, part in zip(blocks, parts, strict=True):
+            block.written = part.end_layer
+        whole = [block for block in blocks if block.written == self._spec.num_layers]
+        digests = [(block.key, block.hasher.digest()) for block in whole if block.hasher]
+        if digests:
+            await store.commit(self._lease, digests)
+            self._committed(whole)
+
+    async def _leave_in_pool(
+        self, store: BlockWriter, share: PoolShare, blocks: list[_Block]
+    ) -> None:
+        ends = [block.ready for block in blocks]
+        whole = [block for block in blocks if block.ready == self._spec.num_layers]
+        partial = [(b.key, b.page, b.ready) for b in blocks if b.ready < self._spec.num_layers]
+        if partial:
+            await store.report_layers(self._lease, share, partial)
         if whole:
-            await store.commit(self._lease, [(block.key, block.digest) for block in whole])
-            self.stats.num_blocks += len(whole)
-            self.stats.num_bytes += len(whole) * self._spec.block_bytes
-            for block in whole:
-                block.reservation = block.content = None
+            # News of them may come before the answer.
+            self._shared.update((block.key, block) for block in whole)
+            places = [(block.key, block.num_tokens, block.page) for block in whole]
+            await store.share_pages(self._lease, share, places)
+            self._committed(whole)
+        for block, end in zip(blocks, ends, strict=True):
+            block.written = end
 
-    def _export(self, batch: list[_Block], ends: list[int], fingerprint: bytes) -> None:
-        """Copy layers out of the pages. Runs in a thread of the copier."""
-        layer_bytes, layers = self._spec.layer_bytes, self._spec.num_layers
-        for block, end in zip(batch, ends, strict=True):
-            if block.content is None:
-                block.content = memoryview(bytearray(self._spec.block_bytes))
-            part = block.content[block.written * layer_bytes : end * layer_bytes]
-            self._export_page(block.page, block.written, end, part)
-            if end == layers:
-                block.digest = block_digest(block.key, block.num_tokens, fingerprint, block.content)
-
-    async def _write_part(self, store: BlockWriter, block: _Block, end: int) -> None:
-        if block.content is None or block.reservation is None:
-            raise RuntimeError("a block is written that was not reserved and copied")
-        layer_bytes = self._spec.layer_bytes
-        offset = block.written * layer_bytes
-        part = block.content[offset : end * layer_bytes]
-        await store.write(self._lease, block.key, block.reservation, offset, part)
-        block.written = end
+    def _committed(self, blocks: list[_Block]) -> None:
+        self.stats.num_blocks += len(blocks)
+        self.stats.num_bytes += len(blocks) * self._spec.block_bytes
+        for block in blocks:
+            block.reservation = block.hasher = None
+        if not any(block.reservation for block in self._pending):
+            self.stats.ended_ns = time.time_ns()
 
     async def _abandon_rest(self, store: BlockWriter) -> None:
-        rest = [block.key for block in self._blocks if block.reservation]
+        """Blocks that stay are given up as well: their pages will be."""
+        if self._share:
+            store.close_share(self._share)
+        rest = [
+            block.key
+            for block in self._blocks
+            if block.reservation or block.key in self._shared or block in self._wanted
+        ]
         if rest:
             await store.abandon(self._lease, rest)
+
+
+def _stays(block: _Block) -> bool:
+    return block.reservation is not None and block.reservation.in_pool
+
+
+def _part(block: _Block, end_layer: int) -> PagePart:
+    if block.reservation is None or block.hasher is None:
+        raise RuntimeError("a block is written that was not reserved")
+    return PagePart(
+        block.key, block.reservation, block.page, block.written, end_layer, block.hasher
+    )

@@ -16,7 +16,7 @@ from splitserve.obs.metrics import Metrics
 from splitserve.obs.tracing import Tracing
 from splitserve.worker.block_loader import LoadStats
 
-Attributes: TypeAlias = dict[str, str | int]
+Attributes: TypeAlias = dict[str, str | int | float]
 
 _NS = 1e9
 
@@ -52,6 +52,7 @@ class Recorder:
             blocks: Attributes = {
                 names.KV_BLOCKS: load.num_blocks,
                 names.KV_BYTES: load.num_bytes,
+                names.KV_BUSY_MS: load.busy_ns / 1e6,
                 names.KV_TRANSPORT: load.transport,
             }
             load_ended = load.ended_ns or time.time_ns()
@@ -85,12 +86,19 @@ class Recorder:
         blocks: Attributes = {
             names.KV_BLOCKS: stats.num_blocks,
             names.KV_BYTES: stats.num_bytes,
+            names.KV_BUSY_MS: stats.busy_ns / 1e6,
             names.KV_TRANSPORT: stats.transport,
             names.KV_LEASE_ID: stats.lease_id,
         }
         attributes = common | blocks
         self._tracing.record_span(
-            names.SPAN_KV_WRITE, stats.began_ns, stats.ended_ns, parent, attributes, status
+            names.SPAN_KV_WRITE,
+            stats.began_ns,
+            stats.ended_ns,
+            parent,
+            attributes,
+            status,
+            events=[(names.EVENT_FIRST_LAYERS, stats.first_ns)] if stats.first_ns else [],
         )
 
     def _count(self, sequence: Sequence, code: grpc.StatusCode, scheduled: int, ended: int) -> None:

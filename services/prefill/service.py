@@ -4,7 +4,8 @@
 2. The prompt is queued in the core, which loads what the store has and computes the rest.
 3. Its blocks are handed over as their layers are computed (`hand_over`).
 4. The first tokens are answered as soon as they are drawn.
-5. When the last block is committed, or the call has failed, the pages are freed.
+5. When the last block is committed, and read if it stays in the pool, or the call has failed, the
+   pages are freed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TypeAlias
 import grpc
 from opentelemetry import context as trace_context
 
-from services.prefill.hand_over import ExportPage, HandOver
+from services.prefill.hand_over import HandOver
 from services.prefill.job import Job
 from services.prefill.recorder import Recorder
 from splitserve import wire
@@ -28,13 +29,12 @@ from splitserve.engine.protocol import EngineSpec
 from splitserve.engine.sequence import Sequence, SequenceOutput
 from splitserve.errors import SplitserveError, Unavailable
 from splitserve.kv.client import KvStoreClient
-from splitserve.kv.copier import Copier
 from splitserve.kv.keys import chain_keys, root_key
 from splitserve.kv.layout import Lease
 from splitserve.rpc.deadline import remaining_s
 from splitserve.sampling import SamplingLimits, check_prompt
 from splitserve.v1 import prefill_pb2, prefill_pb2_grpc
-from splitserve.worker.block_loader import BlockLoader, InsertPage
+from splitserve.worker.block_loader import BlockLoader
 from splitserve.worker.relay import OutputRelay
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -54,10 +54,7 @@ class Bench:
     recorder: Recorder
     spec: EngineSpec
     limits: SamplingLimits
-    export_page: ExportPage
-    insert_page: InsertPage
     open_store: Callable[[Lease], Awaitable[KvStoreClient]]
-    copier: Copier
     load_prefixes: bool
 
 
@@ -139,9 +136,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             lease,
             prompt_tokens=prompt_tokens,
             spec=bench.spec,
-            export_page=bench.export_page,
             open_store=bench.open_store,
-            copier=bench.copier,
         )
 
     async def _loader(
@@ -166,12 +161,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         return BlockLoader(
             lease,
             open_store=bench.open_store,
-            insert_page=bench.insert_page,
             loaded=bench.core.loaded,
             block_bytes=bench.spec.block_bytes,
             wait_for_writer=False,
             timeout_s=PREFIX_TIMEOUT_S,
-            copier=bench.copier,
         )
 
     def _close_later(self, job: Job) -> None:

@@ -13,6 +13,7 @@ followed by 3*1 + 5*2 = 13, then by 13 + 13*3 = 52. A draw with a temperature ab
 from __future__ import annotations
 
 import hashlib
+import mmap
 import struct
 import time
 from collections.abc import Sequence
@@ -53,9 +54,9 @@ class FakeEngine:
             num_pages=num_pages,
         )
         self._step_s = step_s
-        self._pool: NDArray[np.uint32] = np.zeros(
-            (num_pages, num_layers, block_tokens, _ENTRY), np.uint32
-        )
+        self._pool: NDArray[np.uint32] = np.frombuffer(
+            self._memory(num_pages * self.spec.block_bytes), np.uint32
+        ).reshape(num_pages, num_layers, block_tokens, _ENTRY)
 
     def step(
         self, slices: Sequence[Slice], layers_done: LayersDone | None = None
@@ -82,6 +83,10 @@ class FakeEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+
+    def _memory(self, size_bytes: int) -> bytearray | mmap.mmap:
+        """What the pool lies in: zeros."""
+        return bytearray(size_bytes)
 
     def _write(self, part: Slice, first_layer: int, end_layer: int) -> None:
         block = self.spec.block_tokens

@@ -41,6 +41,10 @@ class PageMemory(Protocol):
 
     block_tokens: int
 
+    @property
+    def storage(self) -> Tensor:
+        """All pages as they lie, (pages, bytes) uint8."""
+
     def token_rows(self, pages: Tensor, slots: Tensor) -> Tensor:
         """Where tokens' keys and values go: (tokens,) int64 for `write`."""
 
@@ -102,6 +106,11 @@ class PlainPageMemory:
         self._token_rows = self._pool.view(-1, *heads)
         self._block_rows = self._pool.view(-1, shape.block_tokens, *heads)
 
+    @property
+    def storage(self) -> Tensor:
+        """See `PageMemory`."""
+        return self._bytes.all
+
     def token_rows(self, pages: Tensor, slots: Tensor) -> Tensor:
         """See `PageMemory`. Row numbers of tokens' keys in layer 0."""
         return pages * (self._layers * 2 * self.block_tokens) + slots
@@ -147,6 +156,11 @@ class QuantizedPageMemory:
         self._bytes = PageBytes(shape, num_pages, device)
         self.export, self.insert = self._bytes.export, self._bytes.insert
         self._sections = [self._views(shape, layer) for layer in range(shape.num_layers)]
+
+    @property
+    def storage(self) -> Tensor:
+        """See `PageMemory`."""
+        return self._bytes.all
 
     def token_rows(self, pages: Tensor, slots: Tensor) -> Tensor:
         """See `PageMemory`. A page's number times the tokens of a block, plus the slot."""

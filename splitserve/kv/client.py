@@ -5,82 +5,47 @@ The way of a block that is handed over:
 1. the router grants a lease and gives it to both workers;
 2. the prefill worker reserves the block, writes it while the lease is vouched for, and commits it
    with its digest (`codec.block_digest`);
-3. the decode worker awaits it, copies it out, and checks the digest of its own copy, so that no
-   later change in the arena can matter;
+3. the decode worker awaits it, copies it out, and checks its digest after that, so that no later
+   change can matter;
 4. the router releases the lease.
 
-A store that restarts has a new epoch. The client then connects anew by itself; what was done
-under earlier leases ends with LeaseEnded. Every call has a time limit, also when the store is
-gone.
+A worker whose pool others can map commits the block where it is (`share_pages`) instead of writing
+it, and keeps the page until the store says that it is gone; step 3 then copies from page to page.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+import logging
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 
-from splitserve.errors import (
-    BlockCorrupt,
-    BlockOutOfRange,
-    DeadlineExceeded,
-    InvalidRequest,
-    Unavailable,
-)
-from splitserve.kv.codec import block_digest, verify_block
-from splitserve.kv.control import RPC_TIMEOUT_S, StoreControl, StoreCounts, typed_errors
+from splitserve.errors import BlockNotFound
+from splitserve.kv.block_client import BlockClient
+from splitserve.kv.control import RPC_TIMEOUT_S, StoreControl, typed_errors
 from splitserve.kv.copier import Copier
-from splitserve.kv.layout import (
-    BlockSpec,
-    KvLayout,
-    Lease,
-    ReadableBlock,
-    Reservation,
-    ReservationState,
-)
-from splitserve.kv.publisher import PoolPublisher
+from splitserve.kv.layout import KvLayout, Lease, PartialBlock, PoolPage, ReadableBlock
+from splitserve.kv.page_mover import LayerCopy, PageMover, PagePart, all_ended
+from splitserve.kv.pages import PageAccess, PeerPool, SharesPages
+from splitserve.kv.peer_pools import PeerPools
+from splitserve.kv.pool_sharing import PoolShare, PoolSharing, ShareListener
 from splitserve.kv.runs import StoreRun, StoreRuns, TransportChoice
 from splitserve.kv.transports.base import WriteTooLate
-from splitserve.kv.transports.shm import ShmTransport
-from splitserve.kv.vouching import Vouching
 from splitserve.obs.metrics import Metrics
 from splitserve.rpc.tls import TlsConfig
 from splitserve.v1 import kvstore_pb2
 
-AWAIT_TIMEOUT_S = 600.0
-"""A bound for want of a better one: it is the lease, which someone must renew, that ends a wait."""
+_log = logging.getLogger(__name__)
 
 
-class KvStoreClient:
-    """Reserves, writes, commits, awaits and reads blocks of one store.
+class KvStoreClient(BlockClient):
+    """A `BlockClient` that also moves blocks between a store and the pages of a worker's pool.
 
-    Make it with `connect`, inside a running event loop, and `close` it. Besides the errors named
-    with each method, all raise Unavailable or DeadlineExceeded when the store does not answer,
-    and LeaseEnded when the lease is over or of an earlier run of the store.
+    Make it with `connect`, inside a running event loop, and `close` it.
     """
 
-    def __init__(
-        self,
-        control: StoreControl,
-        copier: Copier,
-        runs: StoreRuns,
-        *,
-        worker_id: str,
-        layout: KvLayout,
-        rpc_timeout_s: float,
-        metrics: Metrics | None,
-    ) -> None:
-        self.layout = layout
-        self._control = control
-        self._copier = copier
-        self._runs = runs
-        self._timeout_s = rpc_timeout_s
-        self._metrics = metrics
-        self._vouching = Vouching(control)
-        self._publisher = PoolPublisher(control.stub, worker_id, on_broken=runs.lost)
+    _mover: PageMover | None = None
+    _sharing: PoolSharing | None = None
 
     @classmethod
     async def connect(
@@ -93,13 +58,17 @@ class KvStoreClient:
         transport: TransportChoice = "auto",
         rpc_timeout_s: float = RPC_TIMEOUT_S,
         metrics: Metrics | None = None,
+        pages: PageAccess | None = None,
+        keeps_blocks: bool = False,
     ) -> KvStoreClient:
         """Introduces the worker to the store at `address`, host:port.
 
         `worker_id` is unique to one run of the worker's process. `auto` takes shared memory if the
-        store's handle socket can be reached from here, that is on the same node, else gRPC.
-        Raises InvalidRequest if blocks of `layout` do not fit the store. Transfers are counted in
-        `metrics`.
+        store's handle socket can be reached from here, that is on the same node, else gRPC; and if
+        `pages` can be shared, blocks stay in pools where their readers can map these.
+        `pages` is the worker's pool, for `put_pages` and `take_pages`; with `keeps_blocks` its own
+        blocks may stay there. Raises InvalidRequest if blocks of `layout` do not fit the store.
+        Transfers are counted in `metrics`.
         """
         control, copier = StoreControl(address, tls=tls, rpc_timeout_s=rpc_timeout_s), Copier()
         runs = StoreRuns(
@@ -109,6 +78,7 @@ class KvStoreClient:
             layout=layout,
             choice=transport,
             rpc_timeout_s=rpc_timeout_s,
+            pages=pages,
         )
         client = cls(
             control,
@@ -121,6 +91,10 @@ class KvStoreClient:
         )
         try:
             await runs.connect()
+            if pages is not None:
+                client._mover = PageMover(pages, copier, layout)
+                if pages.shared is not None and transport in ("auto", "device"):
+                    await client._use_pools(pages.shared, worker_id, keeps_blocks)
         except BaseException:
             await client.close()
             raise
@@ -128,216 +102,233 @@ class KvStoreClient:
         return client
 
     async def close(self) -> None:
-        """Ends publishing, closes the channel and gives up the arena."""
+        """Ends publishing, closes the channel and gives up the arena and others' pools."""
         await self._publisher.close()
+        if self._sharing is not None:
+            await self._sharing.close()
+        if self._peers is not None:
+            await self._peers.close()
         await self._control.close()
         self._runs.close()
         await asyncio.to_thread(self._copier.close)
 
-    @property
-    def address(self) -> str:
-        """Where the store is, host:port."""
-        return self._control.address
+    async def put_pages(self, lease: Lease, parts: Sequence[PagePart]) -> None:
+        """Copies layers of pages to blocks that were reserved as WRITE, and digests them.
 
-    @property
-    def reachable(self) -> bool:
-        """Whether the store was there when last heard of; it is watched all the time."""
-        return self._publisher.reachable
-
-    @property
-    def advertised_address(self) -> str:
-        """Where everyone else reaches the store, host:port; what its leases name."""
-        return self._runs.present.advertised_address or self.address
-
-    @property
-    def epoch(self) -> int:
-        """The run of the store that this client last connected to."""
-        return self._runs.present.epoch
-
-    @property
-    def transport_name(self) -> str:
-        """`shm` or `grpc`."""
-        return self._runs.present.transport.name
-
-    @property
-    def arena(self) -> memoryview | None:
-        """The mapped arena of the present run, None without shared memory."""
-        transport = self._runs.present.transport
-        return transport.arena if isinstance(transport, ShmTransport) else None
-
-    async def grant_lease(self, owner: str, ttl_ms: int) -> Lease:
-        """See StoreControl.grant_lease."""
-        return await self._control.grant_lease(owner, ttl_ms)
-
-    async def renew(self, leases: Sequence[Lease], ttl_ms: int) -> list[str]:
-        """See StoreControl.renew."""
-        return await self._control.renew(leases, ttl_ms)
-
-    async def release(self, leases: Sequence[Lease]) -> None:
-        """See StoreControl.release."""
-        await self._control.release(leases)
-
-    async def lookup(self, keys: Sequence[bytes]) -> dict[str, int]:
-        """See StoreControl.lookup."""
-        return await self._control.lookup(keys)
-
-    async def stats(self) -> StoreCounts:
-        """See StoreControl.stats."""
-        return await self._control.stats()
-
-    def publish(self, added: Iterable[bytes] = (), removed: Iterable[bytes] = ()) -> None:
-        """See PoolPublisher.publish."""
-        self._publisher.publish(added, removed)
-
-    async def reserve(self, lease: Lease, blocks: Sequence[BlockSpec]) -> list[Reservation]:
-        """Sets space aside, all or nothing; one answer for each block, in order.
-
-        Raises Overloaded when the space is all held, InvalidRequest for impossible blocks.
+        The pages must stay as they are until the call ends. A cancelled call ends once it no longer
+        reads them.
         """
-        await self._runs.of(lease)
-        request = kvstore_pb2.ReserveBlocksRequest(
-            lease=lease.to_proto(), blocks=[block.to_proto() for block in blocks]
-        )
-        asked_at = self._vouching.now()
-        with typed_errors():
-            response = await self._control.stub.ReserveBlocks(request, timeout=self._timeout_s)
-        self._vouching.vouched(lease, asked_at)
-        return [
-            Reservation(ReservationState(answer.state), answer.arena_offset, block.size_bytes)
-            for answer, block in zip(response.reservations, blocks, strict=True)
-        ]
-
-    async def write(
-        self,
-        lease: Lease,
-        key: bytes,
-        reservation: Reservation,
-        offset_bytes: int,
-        data: memoryview,
-    ) -> None:
-        """Copies `data` to `offset_bytes` of a block that was reserved as WRITE.
-
-        `data` must be contiguous and stay as it is until the call ends. Raises BlockOutOfRange if
-        it reaches past the block's end. A cancelled call ends once it no longer reads `data`.
-        """
-        if not reservation.must_write:
-            raise InvalidRequest.single("reservation", "the block is not this worker's to write")
-        content = data.cast("B")
-        if offset_bytes < 0 or offset_bytes + content.nbytes > reservation.size_bytes:
-            raise BlockOutOfRange(
-                f"[{offset_bytes}, {offset_bytes + content.nbytes}) of a block of "
-                f"{reservation.size_bytes} bytes"
-            )
+        mover = self._pages_mover
         run = await self._runs.of(lease)
-        written = content.nbytes == 0
+        size = max(map(mover.size_of, parts), default=1)
+        slices = mover.slices(parts, size)
+        await all_ended(self._put_slice(run, mover, lease, some) for some in slices)
+
+    async def _put_slice(
+        self, run: StoreRun, mover: PageMover, lease: Lease, parts: Sequence[PagePart]
+    ) -> None:
+        size, written = sum(map(mover.size_of, parts)), not parts
         while not written:
             begin_by_s = await self._vouched_until(run, lease)
-            # Too late, and the store is asked anew whether the lease is live.
-            with suppress(WriteTooLate), self._measured(run, "write", content.nbytes):
-                await run.transport.write(
-                    lease, key, reservation, offset_bytes, content, begin_by_s
-                )
+            with suppress(WriteTooLate), self._measured(run.transport.name, "write", size):
+                await mover.put(run.transport, lease, parts, begin_by_s)
                 written = True
 
-    async def digest(self, key: bytes, num_tokens: int, content: memoryview) -> bytes:
-        """`codec.block_digest` of a whole block of this layout, off the event loop."""
-        return await self._copier.run(
-            block_digest, key, num_tokens, self.layout.fingerprint, content
-        )
+    def open_share(self, listener: ShareListener) -> PoolShare | None:
+        """A share for blocks that stay in this worker's pool, to be closed with `close_share`. None
+        if nobody can map the pool, or the store does not know it now.
+        """
+        return self._sharing.open(listener) if self._sharing is not None else None
 
-    async def commit(self, lease: Lease, blocks: Iterable[tuple[bytes, bytes]]) -> None:
-        """Makes (key, digest) blocks visible, all or none. Doing it twice is no error."""
+    def close_share(self, share: PoolShare) -> None:
+        """The listener is told nothing more."""
+        if self._sharing is not None:
+            self._sharing.close_share(share)
+
+    async def share_pages(
+        self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
+    ) -> None:
+        """Commits whole (key, num_tokens, page) blocks that were reserved to stay in the pool. The
+        pages must stay as they are until the listener is told that the blocks are gone.
+        """
+        mover = self._pages_mover
+        shared = self._shared
         await self._runs.of(lease)
-        request = kvstore_pb2.CommitBlocksRequest(
-            lease=lease.to_proto(),
-            blocks=[kvstore_pb2.BlockCommit(key=key, digest=digest) for key, digest in blocks],
+        with self._measured("device", "write", len(blocks) * self.layout.block_bytes):
+            digests = await mover.seal(shared, blocks)
+            request = kvstore_pb2.CommitBlocksRequest(
+                lease=lease.to_proto(),
+                blocks=[
+                    kvstore_pb2.BlockCommit(
+                        key=key,
+                        digest=digest,
+                        pool_page=PoolPage(share.pool_id, page, share.share_id).to_proto(),
+                    )
+                    for (key, _, page), digest in zip(blocks, digests, strict=True)
+                ],
+            )
+            with typed_errors():
+                await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
+
+    async def report_layers(
+        self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
+    ) -> None:
+        """Tells how many layers of (key, page, num_layers) blocks are computed, of those that were
+        reserved to stay in the pool.
+        """
+        await self._runs.of(lease)
+        partial = [
+            PartialBlock(key, PoolPage(share.pool_id, page, share.share_id), num_layers)
+            for key, page, num_layers in blocks
+        ]
+        request = kvstore_pb2.ReportLayersRequest(
+            lease=lease.to_proto(), blocks=[block.to_proto() for block in partial]
         )
         with typed_errors():
-            await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
+            await self._control.stub.ReportLayers(request, timeout=self._timeout_s)
 
-    async def abandon(self, lease: Lease, keys: Iterable[bytes]) -> None:
-        """Gives up reserved blocks; who awaits them is told that they are missing."""
-        await self._runs.of(lease)
-        request = kvstore_pb2.AbandonBlocksRequest(lease=lease.to_proto(), keys=list(keys))
-        with typed_errors():
-            await self._control.stub.AbandonBlocks(request, timeout=self._timeout_s)
+    async def copy_ahead(
+        self,
+        blocks: Sequence[PartialBlock],
+        targets: Sequence[Sequence[int]],
+        first_layers: Sequence[int],
+    ) -> None:
+        """Copies layers from `first_layers` on, as far as there are, of blocks in pools to their
+        target pages. What is there then may be used once `take_pages` has verified it.
 
-    async def await_blocks(
+        Raises BlockNotFound if a pool is gone. A cancelled call ends once it no longer writes the
+        pages.
+        """
+        mover = self._pages_mover
+        pools = {block.pool_page.pool_id for block in blocks}
+        for pool_id in pools:
+            if not await self._peers_of_pools.reaches(pool_id):
+                raise BlockNotFound("another worker's pool cannot be mapped")
+            copies = [
+                LayerCopy(block.pool_page.page, page, first, block.num_layers)
+                for block, pages, first in zip(blocks, targets, first_layers, strict=True)
+                for page in pages
+                if block.pool_page.pool_id == pool_id
+            ]
+            async with self._peer(pool_id) as peer:
+                await mover.copy_ahead(self._shared, peer, copies)
+
+    async def take_pages(
         self,
         lease: Lease,
-        keys: Sequence[bytes],
-        wait_for_writer: bool,
-        *,
-        timeout_s: float = AWAIT_TIMEOUT_S,
-    ) -> AsyncGenerator[tuple[list[ReadableBlock], list[bytes]], None]:
-        """Yields (ready, missing) as blocks are decided, until each of `keys` was.
+        blocks: Sequence[ReadableBlock],
+        targets: Sequence[Sequence[int]],
+        first_layers: Sequence[int] = (),
+    ) -> list[bool]:
+        """Copies each block to all of its target pages, and verifies it. Which of them are good.
 
-        What is ready is held until the lease ends. With `wait_for_writer` a block that nobody has
-        reserved yet is waited for too. The wait ends sooner than `timeout_s` with its lease, with
-        LeaseEnded, and with the store. Iterate it under `contextlib.aclosing` if you may leave
-        early.
+        Of blocks in pools only layers from `first_layers` on are copied, if given: the others were
+        copied ahead.
+
+        The pages of the others have any content. The store is told of those, so that the blocks can
+        be written anew. A cancelled call ends once it no longer writes the pages.
+        """
+        mover = self._pages_mover
+        run = await self._runs.of(lease)
+        indexes: dict[int, list[int]] = {}
+        for index, block in enumerate(blocks):
+            indexes.setdefault(block.pool_page.pool_id if block.pool_page else 0, []).append(index)
+        slices: list[tuple[int, Sequence[int]]] = []
+        for pool_id, of_pool in indexes.items():
+            parts = [of_pool] if pool_id else mover.slices(of_pool, self.layout.block_bytes)
+            slices += [(pool_id, part) for part in parts]
+        taken = await all_ended(
+            self._take_slice(
+                run,
+                mover,
+                lease,
+                pool_id,
+                [blocks[i] for i in part],
+                [targets[i] for i in part],
+                [first_layers[i] if first_layers else 0 for i in part],
+            )
+            for pool_id, part in slices
+        )
+        good = [False] * len(blocks)
+        for (_, part), whole in zip(slices, taken, strict=True):
+            for index, is_whole in zip(part, whole, strict=True):
+                good[index] = is_whole
+        for block, is_whole in zip(blocks, good, strict=True):
+            if not is_whole:
+                await self._drop_damaged(lease, block)
+        return good
+
+    async def _take_slice(
+        self,
+        run: StoreRun,
+        mover: PageMover,
+        lease: Lease,
+        pool_id: int,
+        blocks: Sequence[ReadableBlock],
+        targets: Sequence[Sequence[int]],
+        first_layers: Sequence[int],
+    ) -> list[bool]:
+        size = sum(block.size_bytes for block in blocks)
+        if not pool_id:
+            with self._measured(run.transport.name, "read", size):
+                return await mover.take(run.transport, lease, blocks, targets)
+        async with self._peer(pool_id) as peer:
+            with self._measured("device", "read", size):
+                return await mover.take_from_peer(self._shared, peer, blocks, targets, first_layers)
+
+    async def let_go(self, lease: Lease, keys: Iterable[bytes]) -> None:
+        """Needs blocks in pools no more, so that their workers may have the pages back. Others are
+        held until the lease ends.
         """
         await self._runs.of(lease)
-        request = kvstore_pb2.AwaitBlocksRequest(
-            lease=lease.to_proto(), keys=keys, wait_for_writer=wait_for_writer
-        )
+        request = kvstore_pb2.LetGoBlocksRequest(lease=lease.to_proto(), keys=list(keys))
         with typed_errors():
-            call = self._control.stub.AwaitBlocks(request, timeout=timeout_s)
-            try:
-                async for decided in call:
-                    ready = [ReadableBlock.from_proto(block) for block in decided.ready]
-                    yield ready, list(decided.missing_keys)
-            finally:
-                call.cancel()
+            await self._control.stub.LetGoBlocks(request, timeout=self._timeout_s)
 
-    async def read(self, lease: Lease, block: ReadableBlock, out: memoryview) -> None:
-        """Copies a block to `out` and checks the copy. `out` is valid only if this returns.
+    @property
+    def _pages_mover(self) -> PageMover:
+        if self._mover is None:
+            raise RuntimeError("the client was connected without pages")
+        return self._mover
 
-        `out` is contiguous, writable, exactly the block's size. Raises BlockCorrupt if the content
-        is not that of the block's identity; the store is told, so that the block can be written
-        anew. A cancelled call ends once it no longer writes `out`.
-        """
-        target = out.cast("B")
-        if target.nbytes != block.size_bytes or target.readonly:
-            raise InvalidRequest.single("out", f"must be {block.size_bytes} writable bytes")
-        run = await self._runs.of(lease)
-        check = partial(
-            verify_block,
-            block.key,
-            block.num_tokens,
-            self.layout.fingerprint,
-            target,
-            block.digest,
-        )
+    @property
+    def _shared(self) -> SharesPages:
+        shared = self._pages_mover.pages.shared
+        if shared is None:
+            raise RuntimeError("the pool is not shared")
+        return shared
+
+    @property
+    def _peers_of_pools(self) -> PeerPools:
+        if self._peers is None:
+            raise RuntimeError("no pools can be mapped")
+        return self._peers
+
+    @asynccontextmanager
+    async def _peer(self, pool_id: int) -> AsyncIterator[PeerPool]:
+        """A mapped pool. Raises BlockNotFound if it is gone or cannot be read."""
         try:
-            with self._measured(run, "read", block.size_bytes):
-                await run.transport.read(lease, block, target, check)
-        except BlockCorrupt:
-            await self._drop_damaged(lease, block)
-            raise
+            async with self._peers_of_pools.lent(pool_id) as peer:
+                yield peer
+        except OSError as error:
+            raise BlockNotFound(f"another worker's pool could not be read: {error}") from error
 
-    @contextmanager
-    def _measured(self, run: StoreRun, direction: str, size_bytes: int) -> Iterator[None]:
-        """Counts a transfer that succeeds."""
-        began = time.perf_counter()
-        yield
-        if self._metrics is not None:
-            labels = run.transport.name, direction
-            self._metrics.kv_transfer_bytes.labels(*labels).inc(size_bytes)
-            self._metrics.kv_transfer_seconds.labels(*labels).observe(time.perf_counter() - began)
+    async def _use_pools(self, shared: SharesPages, worker_id: str, keeps_blocks: bool) -> None:
+        if keeps_blocks:
+            await self._share_pool(shared, worker_id)
+        self._peers = PeerPools(self._control.stub, shared, self._copier)
+        self._peers.start()
 
-    async def _vouched_until(self, run: StoreRun, lease: Lease) -> float:
-        return await self._vouching.ensure(lease) if run.transport.needs_vouching else math.inf
-
-    async def _drop_damaged(self, lease: Lease, block: ReadableBlock) -> None:
-        """Has the store give up a damaged block, so that its key is not damaged for good.
-
-        Raises LeaseEnded if there may be no damage: the block went with its lease while it was
-        copied. A store that does not answer keeps the block until the next reader finds it.
-        """
-        request = kvstore_pb2.DropBlocksRequest(
-            lease=lease.to_proto(),
-            blocks=[kvstore_pb2.DamagedBlock(key=block.key, digest=block.digest)],
+    async def _share_pool(self, shared: SharesPages, worker_id: str) -> None:
+        try:
+            handle = await self._copier.run(shared.pages_handle)
+        except OSError as error:
+            _log.warning("the pool is not shared, blocks travel by other ways: %s", error)
+            return
+        except Exception:
+            _log.exception("the pool is not shared, blocks travel by other ways")
+            return
+        self._sharing = PoolSharing(
+            self._control.stub, worker_id=worker_id, domain=shared.pool_domain, handle=handle
         )
-        with suppress(Unavailable, DeadlineExceeded), typed_errors():
-            await self._control.stub.DropBlocks(request, timeout=self._timeout_s)
+        self._sharing.start()

@@ -42,6 +42,17 @@ def block_digest(
     return hasher.digest()
 
 
+def sealed_digest(
+    key: bytes, num_tokens: int, fingerprint: bytes, size_bytes: int, page_digest: bytes
+) -> bytes:
+    """The digest of a block that stays in a pool, 16 bytes: its identity with the digest that its
+    engine took of its page.
+    """
+    hasher = BlockHasher(key, num_tokens, fingerprint, size_bytes)
+    hasher.update(b"page digest\0" + page_digest)
+    return hasher.digest()
+
+
 def verify_block(
     key: bytes, num_tokens: int, fingerprint: bytes, content: memoryview | bytes, digest: bytes
 ) -> None:

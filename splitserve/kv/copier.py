@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -14,8 +15,10 @@ _R = TypeVar("_R")
 class Copier:
     """A small thread pool. numpy's copies and xxhash's digests let go of the GIL."""
 
-    def __init__(self, threads: int = 2) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kv-copy")
+    def __init__(self, threads: int = 0) -> None:
+        """`threads` 0: two, or on a large machine half of its cores up to eight."""
+        self.threads = threads or max(2, min(8, len(os.sched_getaffinity(0)) // 2))
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="kv-copy")
 
     async def run(self, work: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """The result of `work`. A cancelled caller gets control back only once the thread no

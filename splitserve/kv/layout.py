@@ -94,6 +94,44 @@ class BlockSpec:
         return cls(message.key, message.size_bytes, message.num_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class PoolPage:
+    """A page of a worker's pool. `share_id` is the worker's name for what it shared together."""
+
+    pool_id: int
+    page: int
+    share_id: int
+
+    def to_proto(self) -> kvstore_pb2.PoolPage:
+        """The message."""
+        return kvstore_pb2.PoolPage(pool_id=self.pool_id, page=self.page, share_id=self.share_id)
+
+    @classmethod
+    def from_proto(cls, message: kvstore_pb2.PoolPage) -> PoolPage:
+        """The dataclass of a message."""
+        return cls(message.pool_id, message.page, message.share_id)
+
+
+@dataclass(frozen=True, slots=True)
+class PartialBlock:
+    """A block in a pool of which the first `num_layers` layers are computed."""
+
+    key: bytes
+    pool_page: PoolPage
+    num_layers: int
+
+    def to_proto(self) -> kvstore_pb2.PartialBlock:
+        """The message."""
+        return kvstore_pb2.PartialBlock(
+            key=self.key, pool_page=self.pool_page.to_proto(), num_layers=self.num_layers
+        )
+
+    @classmethod
+    def from_proto(cls, message: kvstore_pb2.PartialBlock) -> PartialBlock:
+        """The dataclass of a message."""
+        return cls(message.key, PoolPage.from_proto(message.pool_page), message.num_layers)
+
+
 class ReservationState(IntEnum):
     """What to do with a block that was asked for; numbers are the proto's."""
 
@@ -104,11 +142,14 @@ class ReservationState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What became of one block that was asked for. `arena_offset` counts for WRITE only."""
+    """What became of one block that was asked for. `arena_offset` counts for WRITE only, and not
+    for a block that stays `in_pool`.
+    """
 
     state: ReservationState
     arena_offset: int
     size_bytes: int
+    in_pool: bool = False
 
     @property
     def must_write(self) -> bool:
@@ -118,13 +159,14 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class ReadableBlock:
-    """A committed block and where its bytes are."""
+    """A committed block and where its bytes are: in the arena, unless `pool_page` is set."""
 
     key: bytes
     arena_offset: int
     size_bytes: int
     digest: bytes
     num_tokens: int
+    pool_page: PoolPage | None = None
 
     def to_proto(self) -> kvstore_pb2.ReadableBlock:
         """The message."""
@@ -134,6 +176,7 @@ class ReadableBlock:
             size_bytes=self.size_bytes,
             digest=self.digest,
             num_tokens=self.num_tokens,
+            pool_page=self.pool_page.to_proto() if self.pool_page else None,
         )
 
     @classmethod
@@ -145,4 +188,5 @@ class ReadableBlock:
             message.size_bytes,
             message.digest,
             message.num_tokens,
+            PoolPage.from_proto(message.pool_page) if message.HasField("pool_page") else None,
         )

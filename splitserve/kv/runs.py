@@ -11,6 +11,7 @@ from splitserve.errors import LeaseEnded, Unavailable
 from splitserve.kv.control import StoreControl, typed_errors
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout, Lease
+from splitserve.kv.pages import PageAccess
 from splitserve.kv.transports.base import Transport
 from splitserve.kv.transports.grpc import GrpcTransport
 from splitserve.kv.transports.shm import ShmTransport
@@ -18,7 +19,10 @@ from splitserve.v1 import kvstore_pb2
 
 _log = logging.getLogger(__name__)
 
-TransportChoice = Literal["auto", "shm", "grpc"]
+TransportChoice = Literal["auto", "device", "shm", "grpc"]
+"""How bytes may travel. `auto` and `device` let blocks stay in pools and take shared memory for the
+rest where it can be reached, else gRPC; `shm` and `grpc` take nothing else.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class StoreRuns:
         layout: KvLayout,
         choice: TransportChoice,
         rpc_timeout_s: float,
+        pages: PageAccess | None = None,
     ) -> None:
         self._control = control
         self._copier = copier
@@ -53,6 +58,7 @@ class StoreRuns:
             worker_id=worker_id, kv_layout=layout.to_proto()
         )
         self._choice = choice
+        self._pages = pages
         self._timeout_s = rpc_timeout_s
         self._present: StoreRun | None = None
         self._lost = False
@@ -103,12 +109,23 @@ class StoreRuns:
         if self._present is not None:
             self._present.transport.close()
 
+    async def _pin(self, transport: ShmTransport) -> None:
+        """Copies work without it."""
+        if self._pages is None:
+            return
+        try:
+            await transport.pin(self._pages)
+        except Exception:
+            _log.exception("shared memory could not be pinned")
+
     async def _open_transport(self, store: kvstore_pb2.ConnectResponse) -> Transport:
         if self._choice != "grpc" and store.handle_socket:
             try:
-                return await ShmTransport.open(
+                transport = await ShmTransport.open(
                     store.handle_socket, epoch=store.epoch, copier=self._copier
                 )
+                await self._pin(transport)
+                return transport
             except OSError as err:
                 if self._choice == "shm":
                     raise Unavailable(f"shared memory of {self._control.address}: {err}") from err

@@ -25,6 +25,7 @@ SPAN_DECODE = "decode"
 SPAN_PREEMPTED = "preempted"
 
 EVENT_FIRST_TOKEN = "first_token"
+EVENT_FIRST_LAYERS = "first_layers"
 EVENT_PREEMPTED = "preempted"
 EVENT_RESUMED = "resumed"
 EVENT_WORKER_LOST = "worker_lost"
@@ -79,6 +80,7 @@ NUM_STEPS = "splitserve.num_steps"
 KV_BLOCKS = "splitserve.kv.blocks"
 KV_BYTES = "splitserve.kv.bytes"
 KV_TRANSPORT = "splitserve.kv.transport"
+KV_BUSY_MS = "splitserve.kv.busy_ms"
 KV_LEASE_ID = "splitserve.kv.lease_id"
 
 # --- RPCs that get no span -------------------------------------------------------------------

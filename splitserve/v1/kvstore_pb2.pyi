@@ -78,12 +78,14 @@ class ReleaseLeasesResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReserveBlocksRequest(_message.Message):
-    __slots__ = ("lease", "blocks")
+    __slots__ = ("lease", "blocks", "pool_id")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
     lease: _common_pb2.LeaseRef
     blocks: _containers.RepeatedCompositeFieldContainer[BlockSpec]
-    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[BlockSpec, _Mapping]]] = ...) -> None: ...
+    pool_id: int
+    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[BlockSpec, _Mapping]]] = ..., pool_id: _Optional[int] = ...) -> None: ...
 
 class BlockSpec(_message.Message):
     __slots__ = ("key", "size_bytes", "num_tokens")
@@ -102,12 +104,14 @@ class ReserveBlocksResponse(_message.Message):
     def __init__(self, reservations: _Optional[_Iterable[_Union[Reservation, _Mapping]]] = ...) -> None: ...
 
 class Reservation(_message.Message):
-    __slots__ = ("state", "arena_offset")
+    __slots__ = ("state", "arena_offset", "in_pool")
     STATE_FIELD_NUMBER: _ClassVar[int]
     ARENA_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    IN_POOL_FIELD_NUMBER: _ClassVar[int]
     state: ReservationState
     arena_offset: int
-    def __init__(self, state: _Optional[_Union[ReservationState, str]] = ..., arena_offset: _Optional[int] = ...) -> None: ...
+    in_pool: bool
+    def __init__(self, state: _Optional[_Union[ReservationState, str]] = ..., arena_offset: _Optional[int] = ..., in_pool: _Optional[bool] = ...) -> None: ...
 
 class WriteBlocksRequest(_message.Message):
     __slots__ = ("lease", "key", "offset_bytes", "data")
@@ -136,14 +140,48 @@ class CommitBlocksRequest(_message.Message):
     def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[BlockCommit, _Mapping]]] = ...) -> None: ...
 
 class BlockCommit(_message.Message):
-    __slots__ = ("key", "digest")
+    __slots__ = ("key", "digest", "pool_page")
     KEY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    POOL_PAGE_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     digest: bytes
-    def __init__(self, key: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    pool_page: PoolPage
+    def __init__(self, key: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., pool_page: _Optional[_Union[PoolPage, _Mapping]] = ...) -> None: ...
+
+class PoolPage(_message.Message):
+    __slots__ = ("pool_id", "page", "share_id")
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    SHARE_ID_FIELD_NUMBER: _ClassVar[int]
+    pool_id: int
+    page: int
+    share_id: int
+    def __init__(self, pool_id: _Optional[int] = ..., page: _Optional[int] = ..., share_id: _Optional[int] = ...) -> None: ...
 
 class CommitBlocksResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReportLayersRequest(_message.Message):
+    __slots__ = ("lease", "blocks")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    lease: _common_pb2.LeaseRef
+    blocks: _containers.RepeatedCompositeFieldContainer[PartialBlock]
+    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[PartialBlock, _Mapping]]] = ...) -> None: ...
+
+class PartialBlock(_message.Message):
+    __slots__ = ("key", "pool_page", "num_layers")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    POOL_PAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    pool_page: PoolPage
+    num_layers: int
+    def __init__(self, key: _Optional[bytes] = ..., pool_page: _Optional[_Union[PoolPage, _Mapping]] = ..., num_layers: _Optional[int] = ...) -> None: ...
+
+class ReportLayersResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
@@ -160,36 +198,44 @@ class AbandonBlocksResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class AwaitBlocksRequest(_message.Message):
-    __slots__ = ("lease", "keys", "wait_for_writer")
+    __slots__ = ("lease", "keys", "wait_for_writer", "pool_domain", "unmapped_pool_ids")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     WAIT_FOR_WRITER_FIELD_NUMBER: _ClassVar[int]
+    POOL_DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    UNMAPPED_POOL_IDS_FIELD_NUMBER: _ClassVar[int]
     lease: _common_pb2.LeaseRef
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     wait_for_writer: bool
-    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., keys: _Optional[_Iterable[bytes]] = ..., wait_for_writer: _Optional[bool] = ...) -> None: ...
+    pool_domain: str
+    unmapped_pool_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., keys: _Optional[_Iterable[bytes]] = ..., wait_for_writer: _Optional[bool] = ..., pool_domain: _Optional[str] = ..., unmapped_pool_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AwaitBlocksResponse(_message.Message):
-    __slots__ = ("ready", "missing_keys")
+    __slots__ = ("ready", "missing_keys", "partial")
     READY_FIELD_NUMBER: _ClassVar[int]
     MISSING_KEYS_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
     ready: _containers.RepeatedCompositeFieldContainer[ReadableBlock]
     missing_keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, ready: _Optional[_Iterable[_Union[ReadableBlock, _Mapping]]] = ..., missing_keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    partial: _containers.RepeatedCompositeFieldContainer[PartialBlock]
+    def __init__(self, ready: _Optional[_Iterable[_Union[ReadableBlock, _Mapping]]] = ..., missing_keys: _Optional[_Iterable[bytes]] = ..., partial: _Optional[_Iterable[_Union[PartialBlock, _Mapping]]] = ...) -> None: ...
 
 class ReadableBlock(_message.Message):
-    __slots__ = ("key", "arena_offset", "size_bytes", "digest", "num_tokens")
+    __slots__ = ("key", "arena_offset", "size_bytes", "digest", "num_tokens", "pool_page")
     KEY_FIELD_NUMBER: _ClassVar[int]
     ARENA_OFFSET_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POOL_PAGE_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     arena_offset: int
     size_bytes: int
     digest: bytes
     num_tokens: int
-    def __init__(self, key: _Optional[bytes] = ..., arena_offset: _Optional[int] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    pool_page: PoolPage
+    def __init__(self, key: _Optional[bytes] = ..., arena_offset: _Optional[int] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., pool_page: _Optional[_Union[PoolPage, _Mapping]] = ...) -> None: ...
 
 class ReadBlocksRequest(_message.Message):
     __slots__ = ("lease", "keys")
@@ -230,6 +276,66 @@ class DropBlocksResponse(_message.Message):
     NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
     num_dropped: int
     def __init__(self, num_dropped: _Optional[int] = ...) -> None: ...
+
+class LetGoBlocksRequest(_message.Message):
+    __slots__ = ("lease", "keys")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    lease: _common_pb2.LeaseRef
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class LetGoBlocksResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SharePoolRequest(_message.Message):
+    __slots__ = ("worker_id", "domain", "handle")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    domain: str
+    handle: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., domain: _Optional[str] = ..., handle: _Optional[bytes] = ...) -> None: ...
+
+class SharePoolResponse(_message.Message):
+    __slots__ = ("pool_id", "gone", "wanted")
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    pool_id: int
+    gone: _containers.RepeatedCompositeFieldContainer[SharedBlock]
+    wanted: _containers.RepeatedCompositeFieldContainer[SharedBlock]
+    def __init__(self, pool_id: _Optional[int] = ..., gone: _Optional[_Iterable[_Union[SharedBlock, _Mapping]]] = ..., wanted: _Optional[_Iterable[_Union[SharedBlock, _Mapping]]] = ...) -> None: ...
+
+class SharedBlock(_message.Message):
+    __slots__ = ("key", "share_id")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SHARE_ID_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    share_id: int
+    def __init__(self, key: _Optional[bytes] = ..., share_id: _Optional[int] = ...) -> None: ...
+
+class WatchPoolsRequest(_message.Message):
+    __slots__ = ("domain",)
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    domain: str
+    def __init__(self, domain: _Optional[str] = ...) -> None: ...
+
+class WatchPoolsResponse(_message.Message):
+    __slots__ = ("pools",)
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
+    def __init__(self, pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ...) -> None: ...
+
+class Pool(_message.Message):
+    __slots__ = ("pool_id", "handle")
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    pool_id: int
+    handle: bytes
+    def __init__(self, pool_id: _Optional[int] = ..., handle: _Optional[bytes] = ...) -> None: ...
 
 class LookupBlocksRequest(_message.Message):
     __slots__ = ("keys",)

@@ -75,6 +75,11 @@ class KvStoreServiceStub:
                 request_serializer=splitserve_dot_v1_dot_kvstore__pb2.CommitBlocksRequest.SerializeToString,
                 response_deserializer=splitserve_dot_v1_dot_kvstore__pb2.CommitBlocksResponse.FromString,
                 _registered_method=True)
+        self.ReportLayers = channel.unary_unary(
+                '/splitserve.v1.KvStoreService/ReportLayers',
+                request_serializer=splitserve_dot_v1_dot_kvstore__pb2.ReportLayersRequest.SerializeToString,
+                response_deserializer=splitserve_dot_v1_dot_kvstore__pb2.ReportLayersResponse.FromString,
+                _registered_method=True)
         self.AbandonBlocks = channel.unary_unary(
                 '/splitserve.v1.KvStoreService/AbandonBlocks',
                 request_serializer=splitserve_dot_v1_dot_kvstore__pb2.AbandonBlocksRequest.SerializeToString,
@@ -94,6 +99,21 @@ class KvStoreServiceStub:
                 '/splitserve.v1.KvStoreService/DropBlocks',
                 request_serializer=splitserve_dot_v1_dot_kvstore__pb2.DropBlocksRequest.SerializeToString,
                 response_deserializer=splitserve_dot_v1_dot_kvstore__pb2.DropBlocksResponse.FromString,
+                _registered_method=True)
+        self.LetGoBlocks = channel.unary_unary(
+                '/splitserve.v1.KvStoreService/LetGoBlocks',
+                request_serializer=splitserve_dot_v1_dot_kvstore__pb2.LetGoBlocksRequest.SerializeToString,
+                response_deserializer=splitserve_dot_v1_dot_kvstore__pb2.LetGoBlocksResponse.FromString,
+                _registered_method=True)
+        self.SharePool = channel.unary_stream(
+                '/splitserve.v1.KvStoreService/SharePool',
+                request_serializer=splitserve_dot_v1_dot_kvstore__pb2.SharePoolRequest.SerializeToString,
+                response_deserializer=splitserve_dot_v1_dot_kvstore__pb2.SharePoolResponse.FromString,
+                _registered_method=True)
+        self.WatchPools = channel.unary_stream(
+                '/splitserve.v1.KvStoreService/WatchPools',
+                request_serializer=splitserve_dot_v1_dot_kvstore__pb2.WatchPoolsRequest.SerializeToString,
+                response_deserializer=splitserve_dot_v1_dot_kvstore__pb2.WatchPoolsResponse.FromString,
                 _registered_method=True)
         self.LookupBlocks = channel.unary_unary(
                 '/splitserve.v1.KvStoreService/LookupBlocks',
@@ -185,13 +205,28 @@ class KvStoreServiceServicer:
 
         Errors:
         * `FAILED_PRECONDITION`: the lease has ended, or a block is not reserved under it.
+        * `INVALID_ARGUMENT`: a block without space names no pool that is shared now, or one with
+        space names a pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportLayers(self, request, context):
+        """Tells how far reserved blocks that stay in the caller's pool are, so that who awaits them can
+        copy what there is ahead of the commit. Nothing of it may be used before that.
+
+        Errors:
+        * `FAILED_PRECONDITION`: the lease has ended, or a block is not reserved under it.
+        * `INVALID_ARGUMENT`: the pool is not shared now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AbandonBlocks(self, request, context):
-        """Gives up reserved blocks that will not be committed, so that who awaits them is told.
+        """Gives up blocks that will not be committed, or that the caller keeps in its pool no longer, so
+        that who awaits them is told.
 
         Errors:
         * `FAILED_PRECONDITION`: the lease has ended.
@@ -231,6 +266,40 @@ class KvStoreServiceServicer:
 
         Errors:
         * `FAILED_PRECONDITION`: the lease has ended or its epoch is not this store's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LetGoBlocks(self, request, context):
+        """Lets go of blocks in workers' pools that the lease holds and no longer needs, before it ends.
+        A block that nobody holds any more is gone, and its worker is told so.
+
+        Errors:
+        * `FAILED_PRECONDITION`: the lease has ended or its epoch is not this store's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SharePool(self, request, context):
+        """Registers a worker's pool, whose blocks can be read in place by those that can map it. One
+        stream a worker; when it ends the pool is unknown, and all blocks in it are gone.
+
+        Errors:
+        * `INVALID_ARGUMENT`: the domain or the handle is empty or too long.
+        * `RESOURCE_EXHAUSTED`: too many pools are shared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchPools(self, request, context):
+        """Names the pools of a domain that are shared now, at once and after each change. A pool that is
+        not named any more must be unmapped.
+
+        Errors:
+        * `INVALID_ARGUMENT`: the domain is empty or too long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -301,6 +370,11 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.CommitBlocksRequest.FromString,
                     response_serializer=splitserve_dot_v1_dot_kvstore__pb2.CommitBlocksResponse.SerializeToString,
             ),
+            'ReportLayers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportLayers,
+                    request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.ReportLayersRequest.FromString,
+                    response_serializer=splitserve_dot_v1_dot_kvstore__pb2.ReportLayersResponse.SerializeToString,
+            ),
             'AbandonBlocks': grpc.unary_unary_rpc_method_handler(
                     servicer.AbandonBlocks,
                     request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.AbandonBlocksRequest.FromString,
@@ -320,6 +394,21 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     servicer.DropBlocks,
                     request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.DropBlocksRequest.FromString,
                     response_serializer=splitserve_dot_v1_dot_kvstore__pb2.DropBlocksResponse.SerializeToString,
+            ),
+            'LetGoBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.LetGoBlocks,
+                    request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.LetGoBlocksRequest.FromString,
+                    response_serializer=splitserve_dot_v1_dot_kvstore__pb2.LetGoBlocksResponse.SerializeToString,
+            ),
+            'SharePool': grpc.unary_stream_rpc_method_handler(
+                    servicer.SharePool,
+                    request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.SharePoolRequest.FromString,
+                    response_serializer=splitserve_dot_v1_dot_kvstore__pb2.SharePoolResponse.SerializeToString,
+            ),
+            'WatchPools': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPools,
+                    request_deserializer=splitserve_dot_v1_dot_kvstore__pb2.WatchPoolsRequest.FromString,
+                    response_serializer=splitserve_dot_v1_dot_kvstore__pb2.WatchPoolsResponse.SerializeToString,
             ),
             'LookupBlocks': grpc.unary_unary_rpc_method_handler(
                     servicer.LookupBlocks,
@@ -543,6 +632,33 @@ class KvStoreService:
             _registered_method=True)
 
     @staticmethod
+    def ReportLayers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitserve.v1.KvStoreService/ReportLayers',
+            splitserve_dot_v1_dot_kvstore__pb2.ReportLayersRequest.SerializeToString,
+            splitserve_dot_v1_dot_kvstore__pb2.ReportLayersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def AbandonBlocks(request,
             target,
             options=(),
@@ -640,6 +756,87 @@ class KvStoreService:
             '/splitserve.v1.KvStoreService/DropBlocks',
             splitserve_dot_v1_dot_kvstore__pb2.DropBlocksRequest.SerializeToString,
             splitserve_dot_v1_dot_kvstore__pb2.DropBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LetGoBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitserve.v1.KvStoreService/LetGoBlocks',
+            splitserve_dot_v1_dot_kvstore__pb2.LetGoBlocksRequest.SerializeToString,
+            splitserve_dot_v1_dot_kvstore__pb2.LetGoBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SharePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/splitserve.v1.KvStoreService/SharePool',
+            splitserve_dot_v1_dot_kvstore__pb2.SharePoolRequest.SerializeToString,
+            splitserve_dot_v1_dot_kvstore__pb2.SharePoolResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/splitserve.v1.KvStoreService/WatchPools',
+            splitserve_dot_v1_dot_kvstore__pb2.WatchPoolsRequest.SerializeToString,
+            splitserve_dot_v1_dot_kvstore__pb2.WatchPoolsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,10 +3,14 @@
 1. `load` is called on the engine's thread for each choice that was given pages.
 2. Choices that arrive before the first block is here form one group: each block is read once
    and inserted into the page that each of them has for it.
-3. The group awaits its blocks under the request's lease. Each is copied out of the store, its
-   digest is verified on the copy, and only then is it inserted (`KvStoreClient.read`).
-4. The core is told how many blocks each choice got, counted from the first without a gap. What
-   is missing or corrupt is computed on this worker instead.
+3. The group awaits its blocks under the request's lease. Of those that another worker computes
+   in a pool that can be mapped, layers are copied as they are told of. All that are committed are
+   copied into the pages together, and verified there (`KvStoreClient.take_pages`).
+4. The core is told how many good blocks each choice got, counted from the first without a gap.
+   What is missing or corrupt is computed on this worker instead: no page counts as filled, and none
+   is read, before its block is verified.
+5. When every choice of a request has been told of, blocks that were read in another worker's pool
+   are let go.
 
 Invariant: once the core was told, nothing here touches the pages again.
 """
@@ -18,15 +22,22 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 from splitserve.engine.sequence import PageLoad, Sequence
 from splitserve.errors import BlockCorrupt, SplitserveError
-from splitserve.kv.copier import Copier
-from splitserve.kv.layout import Lease, ReadableBlock
+from splitserve.kv.layout import Lease, PartialBlock, PoolPage, ReadableBlock
 
 STRAGGLER_S = 0.25
 """How long after the prefill's end an awaited block may take to be announced by the store."""
@@ -34,7 +45,6 @@ STRAGGLER_S = 0.25
 _log = logging.getLogger(__name__)
 
 
-InsertPage = Callable[[int, memoryview], None]
 Loaded = Callable[[str, int], None]
 Decided = tuple[list[ReadableBlock], list[bytes]]
 
@@ -48,25 +58,54 @@ class BlockReader(Protocol):
         ...
 
     def await_blocks(
-        self, lease: Lease, keys: Seq[bytes], wait_for_writer: bool, *, timeout_s: float
+        self,
+        lease: Lease,
+        keys: Seq[bytes],
+        wait_for_writer: bool,
+        *,
+        timeout_s: float,
+        partial: list[PartialBlock],
     ) -> AsyncIterator[Decided]:
-        """Name each block once it is decided: readable ones, missing ones."""
+        """Name each block once it is decided: readable ones, missing ones. Add what is told of
+        others to `partial`.
+        """
         ...
 
-    async def read(self, lease: Lease, block: ReadableBlock, out: memoryview) -> None:
-        """Copy a block out and verify the copy."""
+    async def copy_ahead(
+        self, blocks: Seq[PartialBlock], targets: Seq[Seq[int]], first_layers: Seq[int]
+    ) -> None:
+        """Copy the layers that there are, but those before the first, to the target pages."""
+        ...
+
+    async def take_pages(
+        self,
+        lease: Lease,
+        blocks: Seq[ReadableBlock],
+        targets: Seq[Seq[int]],
+        first_layers: Seq[int],
+    ) -> list[bool]:
+        """Copy each block, but the layers before the first, to its target pages and verify it;
+        which of them are good.
+        """
+        ...
+
+    async def let_go(self, lease: Lease, keys: Iterable[bytes]) -> None:
+        """Need blocks in pools no more."""
         ...
 
 
 @dataclass
 class LoadStats:
-    """What one request loaded, for its trace. Times are Unix nanoseconds, 0 for never."""
+    """What one request loaded, for its trace. Times are Unix nanoseconds, 0 for never; `busy_ns` is
+    how long blocks were copied and verified.
+    """
 
     began_ns: int = 0
     ended_ns: int = 0
     num_blocks: int = 0
     num_bytes: int = 0
     num_corrupt: int = 0
+    busy_ns: int = 0
     transport: str = ""
 
 
@@ -80,19 +119,31 @@ class _Load:
     settled: bool = False
 
     def wants(self, block_index: int) -> PageLoad | None:
-        """The page that the block goes to, if it is the next one this load lacks."""
+        """The page that the block goes to, if this load lacks it."""
         if self.settled or self.filled == len(self.blocks):
             return None
-        wanted = self.blocks[self.filled]
-        return wanted if wanted.index == block_index else None
+        position = block_index - self.blocks[0].index
+        return self.blocks[position] if self.filled <= position < len(self.blocks) else None
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What of a block was copied before it was committed."""
+
+    place: PoolPage
+    num_layers: int
+    targets: list[int]
 
 
 @dataclass(eq=False)
 class _Group:
-    """Loads that share their reads. Open to more until its first block has come."""
+    """Loads that share their reads. Open to more until its first block has come. `partial` has news
+    of blocks that are being computed, `ahead` what was copied of them.
+    """
 
     loads: list[_Load]
-    content: memoryview
+    partial: list[PartialBlock] = field(default_factory=list)
+    ahead: dict[bytes, _Ahead] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
     joinable: bool = True
     inserting: bool = False
@@ -101,6 +152,11 @@ class _Group:
     def idle(self) -> bool:
         """Whether no load needs a block any more."""
         return all(load.settled for load in self.loads)
+
+    def targets(self, block_index: int) -> list[int]:
+        """The pages that the block goes to."""
+        pages = (load.wants(block_index) for load in self.loads)
+        return [page.page for page in pages if page is not None]
 
     def joins(self, load: _Load) -> bool:
         """Whether the group reads every block that `load` needs and has read none yet."""
@@ -113,8 +169,10 @@ class BlockLoader:
 
     `open_store` connects to the store that granted the lease. With `wait_for_writer` a block that
     nobody has reserved yet is waited for; without, only what is there or on its way is loaded.
-    `timeout_s` bounds the wait where neither the lease nor the request ends first. Make it in the
-    request's context: what it calls and logs belongs to the trace that is current there.
+    `timeout_s` bounds the wait where neither the lease nor the request ends first. `num_loads` is
+    how many choices will load, after which blocks in pools are let go; 0: others read under the
+    same lease, and they are held until it ends. Make it in the request's context: what it calls and
+    logs belongs to the trace that is current there.
     """
 
     def __init__(
@@ -122,21 +180,22 @@ class BlockLoader:
         lease: Lease,
         *,
         open_store: Callable[[Lease], Awaitable[BlockReader]],
-        insert_page: InsertPage,
         loaded: Loaded,
         block_bytes: int,
         wait_for_writer: bool,
         timeout_s: float,
-        copier: Copier,
+        num_loads: int = 0,
     ) -> None:
         self._lease = lease
         self._open_store = open_store
-        self._insert_page = insert_page
         self._loaded = loaded
         self._block_bytes = block_bytes
         self._wait_for_writer = wait_for_writer
         self._timeout_s = timeout_s
-        self._copier = copier
+        self._num_loads = num_loads
+        self._num_settled = 0
+        self._in_pools: set[bytes] = set()
+        self._letting_go: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._groups: list[_Group] = []
@@ -160,10 +219,13 @@ class BlockLoader:
                 self._drop_cancelled(group)
 
     async def ended(self) -> None:
-        """Wait until nothing that has begun touches a page any more."""
+        """Wait until nothing that has begun touches a page any more, and others' were let go."""
         tasks = [group.task for group in self._groups if group.task]
         if tasks:
             await asyncio.wait(tasks)
+            await asyncio.sleep(0)  # what ends them is called
+        if self._letting_go:
+            await asyncio.wait(self._letting_go)
 
     def _begin(self, load: _Load) -> None:
         if load.sequence_id in self._cancelled:
@@ -174,7 +236,7 @@ class BlockLoader:
             if group.joins(load):
                 group.loads.append(load)
                 return
-        group = _Group([load], memoryview(bytearray(self._block_bytes)))
+        group = _Group([load])
         self._groups.append(group)
         group.task = self._loop.create_task(self._run(group), context=self._context.copy())
         # A callback, for a task that is cancelled before it began runs no `finally`.
@@ -188,11 +250,28 @@ class BlockLoader:
         except Exception:
             _log.exception("KV is recomputed: loading it failed")
 
+    def _let_go_if_done(self) -> None:
+        """Others' pages are not needed any more once every choice has its own."""
+        if 0 < self._num_loads <= self._num_settled and self._in_pools:
+            keys, self._in_pools = self._in_pools, set()
+            # Not a part of any load: that of a request that ends at once is cancelled.
+            task = self._loop.create_task(self._let_go(keys), context=self._context.copy())
+            self._letting_go.add(task)
+            task.add_done_callback(self._letting_go.discard)
+
+    async def _let_go(self, keys: set[bytes]) -> None:
+        try:
+            store = await self._open_store(self._lease)
+            await store.let_go(self._lease, keys)
+        except SplitserveError as error:
+            _log.info("blocks are held until the lease ends: %s", error.message)
+
     def _end(self, group: _Group) -> None:
         self._groups.remove(group)
         self.stats.ended_ns = time.time_ns()
         for load in group.loads:
             self._settle(load)
+        self._let_go_if_done()
 
     def _drop_cancelled(self, group: _Group) -> None:
         for load in group.loads:
@@ -209,19 +288,58 @@ class BlockLoader:
         arrived: dict[bytes, ReadableBlock] = {}
         lost: set[bytes] = set()
         keys = [block.key for block in order]
-        async with contextlib.aclosing(self._announcements(store, keys)) as announcements:
+        indexes = {block.key: block.index for block in order}
+        announced = self._announcements(store, keys, group.partial)
+        async with contextlib.aclosing(announced) as announcements:
             async for ready, missing in announcements:
                 group.joinable = False
+                if group.partial:
+                    await self._copy_ahead(store, group, indexes)
                 arrived.update((block.key, block) for block in ready)
+                self._in_pools.update(block.key for block in ready if block.pool_page)
                 lost.update(missing)
+                batch: list[tuple[int, ReadableBlock]] = []
                 while order and order[0].key in arrived:
                     wanted = order.pop(0)
-                    await self._bring(store, group, wanted.index, arrived.pop(wanted.key))
+                    batch.append((wanted.index, arrived.pop(wanted.key)))
+                if batch:
+                    await self._bring(store, group, batch)
                 if not order or order[0].key in lost or group.idle:
                     return
 
+    async def _copy_ahead(
+        self, store: BlockReader, group: _Group, indexes: dict[bytes, int]
+    ) -> None:
+        """Copy what is computed of blocks that are not whole. What fails is copied later."""
+        news = {block.key: block for block in group.partial if block.key in indexes}
+        group.partial.clear()
+        targets = [group.targets(indexes[key]) for key in news]
+        firsts = [
+            _layers_at(group.ahead.get(key), block.pool_page, pages)
+            for (key, block), pages in zip(news.items(), targets, strict=True)
+        ]
+        group.inserting = True
+        try:
+            with self._busy():
+                await store.copy_ahead(list(news.values()), targets, firsts)
+            for (key, block), pages in zip(news.items(), targets, strict=True):
+                group.ahead[key] = _Ahead(block.pool_page, block.num_layers, pages)
+        except SplitserveError as error:
+            _log.info("layers are not copied ahead: %s", error.message)
+        finally:
+            group.inserting = False
+        self._drop_cancelled(group)
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        began = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self.stats.busy_ns += time.monotonic_ns() - began
+
     async def _announcements(
-        self, store: BlockReader, keys: list[bytes]
+        self, store: BlockReader, keys: list[bytes], partial: list[PartialBlock]
     ) -> AsyncGenerator[Decided, None]:
         """`await_blocks`, asked again as the prefill goes on.
 
@@ -232,7 +350,7 @@ class BlockLoader:
         wait = self._wait_for_writer
         while undecided:
             stream = store.await_blocks(
-                self._lease, list(undecided), wait, timeout_s=self._timeout_s
+                self._lease, list(undecided), wait, timeout_s=self._timeout_s, partial=partial
             )
             try:
                 while (batch := await self._next(stream, wait)) is not None:
@@ -266,33 +384,53 @@ class BlockLoader:
                 await asyncio.wait({upcoming})
 
     async def _bring(
-        self, store: BlockReader, group: _Group, index: int, block: ReadableBlock
+        self, store: BlockReader, group: _Group, batch: Seq[tuple[int, ReadableBlock]]
     ) -> None:
-        """Read one block and insert it wherever it is wanted. Raises `BlockCorrupt`."""
-        try:
-            if block.size_bytes != self._block_bytes:
-                raise BlockCorrupt(f"a block has {block.size_bytes} bytes, not {self._block_bytes}")
-            await store.read(self._lease, block, group.content)
-        except BlockCorrupt:
-            self.stats.num_corrupt += 1
-            raise
-        self.stats.num_blocks += 1
-        self.stats.num_bytes += block.size_bytes
-        wanting = [(load, page) for load in group.loads if (page := load.wants(index)) is not None]
+        """Fill the pages that want these blocks, up to the first that is not good. Raises
+        `BlockCorrupt` then.
+        """
+        fitting = list(takewhile(lambda one: one[1].size_bytes == self._block_bytes, batch))
+        blocks = [block for _, block in fitting]
+        wanting = [
+            [(load, page.page) for load in group.loads if (page := load.wants(index)) is not None]
+            for index, _ in fitting
+        ]
+        if any(block.pool_page for block in blocks):
+            self.stats.transport = "device"
+        targets = [[page for _, page in pages] for pages in wanting]
+        firsts = [
+            _layers_at(group.ahead.get(block.key), block.pool_page, pages)
+            for block, pages in zip(blocks, targets, strict=True)
+        ]
         group.inserting = True
         try:
-            await self._copier.run(self._insert, [page.page for _, page in wanting], group.content)
+            with self._busy():
+                good = await store.take_pages(self._lease, blocks, targets, firsts)
         finally:
             group.inserting = False
-        for load, _ in wanting:
-            load.filled += 1
+        num_good = sum(1 for _ in takewhile(bool, good))
+        self.stats.num_blocks += num_good
+        self.stats.num_bytes += num_good * self._block_bytes
+        for pages in wanting[:num_good]:
+            for load, _ in pages:
+                load.filled += 1
         self._drop_cancelled(group)
-
-    def _insert(self, pages: list[int], content: memoryview) -> None:
-        for page in pages:
-            self._insert_page(page, content)
+        if num_good < len(batch):
+            self.stats.num_corrupt += 1
+            block = batch[num_good][1]
+            raise BlockCorrupt(
+                f"block {block.key.hex()[:16]} of {block.size_bytes} bytes is not what it should be"
+            )
 
     def _settle(self, load: _Load) -> None:
         if not load.settled:
             load.settled = True
+            self._num_settled += 1
             self._loaded(load.sequence_id, load.filled)
+
+
+def _layers_at(ahead: _Ahead | None, place: PoolPage | None, targets: list[int]) -> int:
+    """How many layers of the block at `place` are in its target pages."""
+    if ahead is None or ahead.place != place or ahead.targets != targets:
+        return 0
+    return ahead.num_layers

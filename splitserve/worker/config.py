@@ -57,7 +57,7 @@ class WorkerConfig(ServiceConfig):
         0, ge=0, description="bytes of the KV pool of each rank; 0: 1 GiB, or what a GPU has left"
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="share of a GPU's memory that weights and KV pool may take"
+        0.9, gt=0, lt=1, description="share of a GPU's memory that this worker may take"
     )
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens of one KV block")
     max_batch: int = Field(
@@ -135,6 +135,7 @@ class WorkerConfig(ServiceConfig):
             block_tokens=self.block_tokens,
             max_context_tokens=self.max_context_tokens,
             max_batch=self.max_batch,
+            max_step_tokens=self.max_step_tokens,
             deterministic=self.deterministic,
             threads=self.threads,
             fake_step_ms=self.fake_step_ms,

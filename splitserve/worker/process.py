@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from splitserve.engine.core import CoreStats, EngineCore
 from splitserve.engine.factory import open_engine
 from splitserve.engine.protocol import Engine
+from splitserve.errors import ConfigError
 from splitserve.kv.client import KvStoreClient
-from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout
 from splitserve.obs.http import ObsServer
 from splitserve.obs.metrics import Metrics
@@ -31,6 +31,7 @@ from splitserve.rpc.server import RpcServer
 from splitserve.sampling import SamplingLimits
 from splitserve.v1 import worker_pb2, worker_pb2_grpc
 from splitserve.worker.config import WorkerConfig
+from splitserve.worker.pages import EnginePages
 from splitserve.worker.readiness import Readiness
 from splitserve.worker.relay import OutputRelay
 from splitserve.worker.state import Identity, StateService
@@ -52,7 +53,6 @@ class Worker:
     core: EngineCore
     relay: OutputRelay
     stores: Stores
-    copier: Copier
     server: RpcServer
     state: StateService
     readiness: Readiness
@@ -124,7 +124,6 @@ async def open_worker(tier: str, config: WorkerConfig, *, prefill: bool) -> Asyn
         tracing = setup_tracing(tier, config.otlp_endpoint, instance_id=worker_id)
         stack.callback(tracing.shutdown)
         worker = _assemble(tier, config, engine, worker_id, tracing, prefill)
-        stack.push_async_callback(asyncio.to_thread, worker.copier.close)
         worker.stores.start()
         stack.push_async_callback(worker.stores.close)
         worker.core.start()
@@ -145,8 +144,14 @@ def _assemble(
     spec = engine.spec
     layout = KvLayout(spec.fingerprint, spec.block_tokens, spec.block_bytes)
     metrics = Metrics(model_name=config.served_name)
+    pages = EnginePages(engine)
+    if config.transport == "device" and pages.shared is None:
+        raise ConfigError(
+            "SPLITSERVE_TRANSPORT (--transport): device needs an engine whose pages others can "
+            "map: one GPU without --deterministic"
+        )
     relay = OutputRelay(loop)
-    stores = Stores(config.kvstore, _connector(config, worker_id, layout, metrics))
+    stores = Stores(config.kvstore, _connector(config, worker_id, layout, metrics, pages, prefill))
 
     def publish(added: list[bytes], removed: list[bytes]) -> None:
         loop.call_soon_threadsafe(stores.publish, added, removed)
@@ -191,7 +196,6 @@ def _assemble(
         core=core,
         relay=relay,
         stores=stores,
-        copier=Copier(),
         server=server,
         state=state,
         readiness=readiness,
@@ -201,7 +205,12 @@ def _assemble(
 
 
 def _connector(
-    config: WorkerConfig, worker_id: str, layout: KvLayout, metrics: Metrics
+    config: WorkerConfig,
+    worker_id: str,
+    layout: KvLayout,
+    metrics: Metrics,
+    pages: EnginePages,
+    keeps_blocks: bool,
 ) -> Callable[[str], Awaitable[KvStoreClient]]:
     async def connect(address: str) -> KvStoreClient:
         # Only the node's own store hears what the pool has, under the worker's own name.
@@ -213,6 +222,8 @@ def _connector(
             tls=config.tls,
             transport=config.transport,
             metrics=metrics,
+            pages=pages,
+            keeps_blocks=keeps_blocks,
         )
 
     return connect

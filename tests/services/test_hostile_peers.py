@@ -94,7 +94,7 @@ async def test_bytes_that_are_no_message_on_every_method(suite: Suite) -> None:
     unknown = {key: codes.pop(key) for key in list(codes) if key[1] == "unknown"}
     assert set(unknown.values()) == {grpc.StatusCode.UNIMPLEMENTED}
     assert codes == dict.fromkeys(codes, INVALID)
-    assert len(codes) == 20
+    assert len(codes) == 24
     for service in tiers.values():
         assert await service.health()
         assert "Traceback" not in service.text()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from splitserve.errors import BlockOutOfRange, Unavailable
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import Lease, ReadableBlock, Reservation
+from splitserve.kv.pages import PageAccess
 from splitserve.kv.transports.base import WriteTooLate
 from splitserve.kv.transports.handle import Handle, receive_handle
 
@@ -36,6 +38,9 @@ class ShmTransport:
         # The array keeps the mapping alive for as long as any copy uses it.
         self._arena: NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8)
         self._copier = copier
+        self._unpin: Callable[[], None] | None = None
+        self._lent = 0
+        self._closed = False
 
     @classmethod
     async def open(cls, handle_socket: str, *, epoch: int, copier: Copier) -> ShmTransport:
@@ -50,6 +55,25 @@ class ShmTransport:
     def arena(self) -> memoryview:
         """The whole arena, for engines that register it as pinned memory."""
         return self._arena.data
+
+    async def pin(self, pages: PageAccess) -> None:
+        """Has a device make its copies without a detour, if it can."""
+        with self.lent():
+            self._unpin = await self._copier.run(pages.pin, self._arena.data)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While copies of a caller's own use `span`s: the arena stays pinned, closed or not."""
+        self._lent += 1
+        try:
+            yield
+        finally:
+            self._lent -= 1
+            self._give_up_if_idle()
+
+    def span(self, offset: int, size_bytes: int) -> memoryview:
+        """A part of the arena. Raises Unavailable once closed, BlockOutOfRange."""
+        return self._span(offset, size_bytes).data
 
     async def write(
         self,
@@ -74,10 +98,19 @@ class ShmTransport:
 
     def close(self) -> None:
         """See Transport. The kernel unmaps when the last copy in flight lets go."""
+        self._closed = True
+        self._give_up_if_idle()
+
+    def _give_up_if_idle(self) -> None:
+        if not self._closed or self._lent:
+            return
+        unpin, self._unpin = self._unpin, None
+        if unpin is not None:
+            unpin()
         self._arena = np.empty(0, dtype=np.uint8)
 
     def _span(self, offset: int, size_bytes: int) -> NDArray[np.uint8]:
-        if not self._arena.size:
+        if self._closed:
             raise Unavailable("the store's memory was given up")
         if offset < 0 or offset + size_bytes > self._arena.size:
             raise BlockOutOfRange(f"[{offset}, {offset + size_bytes}) is outside of the arena")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -9,8 +10,9 @@ from services.prefill.hand_over import HandOver
 from splitserve.engine.fake import FakeEngine
 from splitserve.errors import LeaseEnded, Overloaded, SplitserveError
 from splitserve.kv.codec import block_digest
-from splitserve.kv.copier import Copier
 from splitserve.kv.layout import BlockSpec, KvLayout, Lease, Reservation, ReservationState
+from splitserve.kv.page_mover import PagePart
+from splitserve.kv.pool_sharing import PoolShare, ShareListener
 
 SPEC = FakeEngine(num_pages=8, block_tokens=4).spec
 LAYOUT = KvLayout(SPEC.fingerprint, SPEC.block_tokens, SPEC.block_bytes)
@@ -21,7 +23,9 @@ WRITE, PRESENT = ReservationState.WRITE, ReservationState.PRESENT
 
 
 class StubStore:
-    """Keeps what is written. `gate` holds back the answer to `reserve`."""
+    """Keeps what is written. `gate` holds back the answer to `reserve`. With `shares` blocks may
+    stay in the pool, but those that are `out_of_reach`.
+    """
 
     layout = LAYOUT
     transport_name = "stub"
@@ -31,25 +35,61 @@ class StubStore:
         self.specs: list[BlockSpec] = []
         self.content = {key: bytearray(SPEC.block_bytes) for key in KEYS}
         self.parts: list[tuple[bytes, int, int]] = []
+        self.exports: list[tuple[int, int, int]] = []
+        self.shares = False
+        self.out_of_reach: set[bytes] = set()
+        self.listener: ShareListener | None = None
+        self.reported: list[tuple[bytes, int, int]] = []
+        self.shared: dict[bytes, tuple[int, int]] = {}
         self.committed: dict[bytes, bytes] = {}
         self.abandoned: list[bytes] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.fault: dict[str, SplitserveError] = {}
 
-    async def reserve(self, lease: Lease, blocks: Sequence[BlockSpec]) -> list[Reservation]:
+    def open_share(self, listener: ShareListener) -> PoolShare | None:
+        self.listener = listener
+        return PoolShare(1, 7) if self.shares else None
+
+    def close_share(self, share: PoolShare) -> None:
+        self.listener = None
+
+    async def reserve(
+        self, lease: Lease, blocks: Sequence[BlockSpec], share: PoolShare | None = None
+    ) -> list[Reservation]:
         await self.gate.wait()
         self._fail("reserve")
         self.specs = list(blocks)
-        return [Reservation(self.states[b.key], 0, b.size_bytes) for b in blocks]
+        answers = [Reservation(self.states[b.key], 0, b.size_bytes) for b in blocks]
+        return [
+            replace(answer, in_pool=share is not None and spec.key not in self.out_of_reach)
+            for answer, spec in zip(answers, blocks, strict=True)
+        ]
 
-    async def write(
-        self, lease: Lease, key: bytes, reservation: Reservation, offset: int, data: memoryview
-    ) -> None:
-        assert reservation.must_write
+    async def put_pages(self, lease: Lease, parts: Sequence[PagePart]) -> None:
         self._fail("write")
-        self.parts.append((key, offset, data.nbytes))
-        self.content[key][offset : offset + data.nbytes] = data
+        layer = SPEC.layer_bytes
+        for part in parts:
+            assert part.reservation.must_write
+            assert not part.reservation.in_pool
+            first, end = part.first_layer * layer, part.end_layer * layer
+            data = page_content(part.page)[first:end]
+            part.hasher.update(data)
+            self.exports.append((part.page, part.first_layer, part.end_layer))
+            self.parts.append((part.key, first, end - first))
+            self.content[part.key][first:end] = data
+
+    async def report_layers(
+        self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
+    ) -> None:
+        self.reported += blocks
+
+    async def share_pages(
+        self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
+    ) -> None:
+        self._fail("share")
+        assert share == PoolShare(1, 7)
+        self.shared.update((key, (num_tokens, page)) for key, num_tokens, page in blocks)
 
     async def commit(self, lease: Lease, blocks: Iterable[tuple[bytes, bytes]]) -> None:
         self._fail("commit")
@@ -66,25 +106,16 @@ class StubStore:
 class Rig:
     def __init__(self) -> None:
         self.store = StubStore()
-        self.copier = Copier(1)
-        self.exports: list[tuple[int, int, int]] = []
         self.hand_over = HandOver(
             LEASE,
             prompt_tokens=10,
             spec=SPEC,
-            export_page=self.export_page,
             open_store=self.open_store,
-            copier=self.copier,
         )
 
     async def open_store(self, lease: Lease) -> StubStore:
         self.store._fail("open")
         return self.store
-
-    def export_page(self, page: int, first: int, end: int, out: memoryview) -> None:
-        self.exports.append((page, first, end))
-        layer = SPEC.layer_bytes
-        out[:] = page_content(page)[first * layer : end * layer]
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
@@ -107,10 +138,8 @@ def digest_of(index: int) -> bytes:
 
 
 @pytest.fixture
-async def rig():
-    made = Rig()
-    yield made
-    made.copier.close()
+async def rig() -> Rig:
+    return Rig()
 
 
 async def test_layers_are_written_while_later_ones_are_computed(rig: Rig) -> None:
@@ -141,11 +170,11 @@ async def test_what_is_ready_before_the_reservation_is_kept(rig: Rig) -> None:
         rig.hand_over.layers_done(1, 3, first, first + 2)
     await asyncio.sleep(0)
     rig.hand_over.complete()
-    assert rig.exports == []
+    assert rig.store.exports == []
     rig.store.gate.set()
     await rig.finish()
     assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
-    assert rig.exports == [(page, 0, 4) for page in PAGES]
+    assert rig.store.exports == [(page, 0, 4) for page in PAGES]
 
 
 async def test_blocks_of_others_are_left_to_them(rig: Rig) -> None:
@@ -190,3 +219,63 @@ async def test_a_fault_of_the_store_ends_the_hand_over_only(rig: Rig, method: st
     assert rig.hand_over.stats.error is fault
     reserved = method in ("write", "commit")
     assert rig.store.abandoned == (KEYS if reserved else [])
+
+
+async def test_blocks_that_may_stay_are_shared_when_whole_and_kept_until_gone(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.layers_done(0, 2, 0, 2)
+    await rig.until(lambda: len(rig.store.reported) == 2)
+    assert rig.store.reported == [
+        (key, page, 2) for key, page in zip(KEYS[:2], PAGES[:2], strict=True)
+    ]
+    assert rig.store.shared == {}
+    rig.hand_over.layers_done(0, 1, 2, 4)
+    await rig.until(lambda: rig.store.shared == {KEYS[0]: (4, PAGES[0])})
+    rig.hand_over.complete()
+    await rig.until(lambda: len(rig.store.shared) == 3)
+    assert rig.store.shared[KEYS[2]] == (2, PAGES[2])
+    assert (rig.hand_over.stats.num_blocks, rig.hand_over.stats.transport) == (3, "device")
+    ended = asyncio.ensure_future(rig.hand_over.ended())
+    rig.hand_over.gone([KEYS[0], KEYS[2]])
+    await asyncio.sleep(0.01)
+    assert not ended.done(), "a page is still read"
+    rig.hand_over.gone([KEYS[1]])
+    await asyncio.wait_for(ended, 5)
+    assert rig.store.committed == {}
+    assert rig.store.abandoned == []
+
+
+async def test_what_a_reader_cannot_map_is_written_after_all(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.out_of_reach = {KEYS[0]}
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.until(lambda: len(rig.store.shared) == 2)
+    assert rig.store.committed == {KEYS[0]: digest_of(0)}
+    rig.hand_over.wanted([KEYS[2]])
+    await rig.until(lambda: KEYS[2] in rig.store.committed)
+    assert rig.store.committed[KEYS[2]] == digest_of(2)
+    assert KEYS[1] not in rig.store.committed
+    rig.hand_over.lost()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+
+
+async def test_cancel_gives_up_what_stays_in_the_pool(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.hand_over.begin(KEYS, PAGES, 1)
+    await rig.until(lambda: KEYS[0] in rig.store.shared)
+    rig.hand_over.cancel()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert rig.store.abandoned == KEYS
+    assert rig.store.listener is None
+
+
+async def test_what_is_wanted_and_finds_no_room_is_abandoned(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.until(lambda: len(rig.store.shared) == 3)
+    rig.store.fault["reserve"] = Overloaded("full")
+    rig.hand_over.wanted([KEYS[2]])
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert isinstance(rig.hand_over.stats.error, Overloaded)
+    assert sorted(rig.store.abandoned) == KEYS

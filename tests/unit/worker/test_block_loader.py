@@ -6,9 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from splitserve.engine.sequence import PageLoad, Sequence
-from splitserve.errors import BlockCorrupt, LeaseEnded
-from splitserve.kv.copier import Copier
-from splitserve.kv.layout import Lease, ReadableBlock
+from splitserve.errors import LeaseEnded
+from splitserve.kv.layout import Lease, PartialBlock, PoolPage, ReadableBlock
 from splitserve.sampling import SamplingParams
 from splitserve.worker.block_loader import BlockLoader
 
@@ -27,9 +26,22 @@ class StubStore:
         self.corrupt: set[bytes] = set()
         self.decided: asyncio.Queue[tuple[list[bytes], list[bytes]] | Exception] = asyncio.Queue()
         self.open_streams = 0
+        self.pages: dict[int, bytes] = {}
+        self.in_pool = False
+        self.partial: list[PartialBlock] = []
+        self.ahead: list[tuple[list[bytes], list[list[int]], list[int]]] = []
+        self.firsts: list[int] = []
+        self.size_bytes = SIZE
+        self.let_go_of: list[set[bytes]] = []
 
     async def await_blocks(
-        self, lease: Lease, keys: list[bytes], wait_for_writer: bool, *, timeout_s: float
+        self,
+        lease: Lease,
+        keys: list[bytes],
+        wait_for_writer: bool,
+        *,
+        timeout_s: float,
+        partial: list[PartialBlock],
     ) -> AsyncIterator[tuple[list[ReadableBlock], list[bytes]]]:
         assert lease == LEASE
         self.asked.append((list(keys), wait_for_writer))
@@ -39,34 +51,53 @@ class StubStore:
                 news = await self.decided.get()
                 if isinstance(news, Exception):
                     raise news
+                partial += self.partial
+                self.partial = []
                 undecided -= {*news[0], *news[1]}
-                yield [ReadableBlock(key, 0, SIZE, b"", 4) for key in news[0]], news[1]
+                place = PoolPage(1, 2, 3) if self.in_pool else None
+                yield (
+                    [ReadableBlock(k, 0, self.size_bytes, b"", 4, place) for k in news[0]],
+                    news[1],
+                )
         finally:
             self.open_streams -= 1
 
-    async def read(self, lease: Lease, block: ReadableBlock, out: memoryview) -> None:
-        self.reads.append(block.key)
-        if block.key in self.corrupt:
-            raise BlockCorrupt("flipped")
-        out[:] = block.key * SIZE
+    async def take_pages(
+        self,
+        lease: Lease,
+        blocks: list[ReadableBlock],
+        targets: list[list[int]],
+        first_layers: list[int],
+    ) -> list[bool]:
+        self.firsts += first_layers
+        for block, pages in zip(blocks, targets, strict=True):
+            self.reads.append(block.key)
+            self.pages.update(dict.fromkeys(pages, block.key * SIZE))
+        return [block.key not in self.corrupt for block in blocks]
+
+    async def copy_ahead(
+        self, blocks: list[PartialBlock], targets: list[list[int]], first_layers: list[int]
+    ) -> None:
+        self.ahead.append(([block.key for block in blocks], targets, first_layers))
+
+    async def let_go(self, lease: Lease, keys: set[bytes]) -> None:
+        self.let_go_of.append(keys)
 
 
 class Rig:
-    def __init__(self, *, wait_for_writer: bool = True) -> None:
+    def __init__(self, *, num_loads: int = 1) -> None:
         self.store = StubStore()
-        self.pages: dict[int, bytes] = {}
+        self.pages = self.store.pages
         self.answers: dict[str, int] = {}
         self.answered = asyncio.Condition()
-        self.copier = Copier(1)
         self.loader = BlockLoader(
             LEASE,
             open_store=self.open_store,
-            insert_page=lambda page, content: self.pages.update({page: bytes(content)}),
             loaded=self.loaded,
             block_bytes=SIZE,
-            wait_for_writer=wait_for_writer,
+            wait_for_writer=True,
             timeout_s=5.0,
-            copier=self.copier,
+            num_loads=num_loads,
         )
 
     async def open_store(self, lease: Lease) -> StubStore:
@@ -97,7 +128,6 @@ class Rig:
 async def rig():
     made = Rig()
     yield made
-    made.copier.close()
     assert made.store.open_streams == 0
 
 
@@ -140,11 +170,11 @@ async def test_a_choice_that_comes_late_reads_again(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("fault", ["missing", "corrupt", "lease", "size"])
-async def test_a_gap_ends_the_load(rig: Rig, fault: str, monkeypatch) -> None:
+async def test_a_gap_ends_the_load(rig: Rig, fault: str) -> None:
     if fault == "corrupt":
         rig.store.corrupt.add(b"b")
     if fault == "size":
-        monkeypatch.setattr(ReadableBlock, "size_bytes", property(lambda b: 4), raising=False)
+        rig.store.size_bytes = 4
     rig.load("s", b"abc", 10)
     if fault == "missing":
         rig.loader.prefill_done()
@@ -155,7 +185,9 @@ async def test_a_gap_ends_the_load(rig: Rig, fault: str, monkeypatch) -> None:
     else:
         rig.store.decided.put_nowait(([b"a", b"b", b"c"], []))
     assert await rig.answer("s") == (0 if fault == "size" else 1)
-    assert 11 not in rig.pages
+    assert rig.loader.stats.num_corrupt == (fault in ("corrupt", "size"))
+    if fault != "corrupt":  # whose page has any content, and is not counted
+        assert 11 not in rig.pages
 
 
 async def test_after_the_prefill_only_what_is_reserved_is_awaited(rig: Rig) -> None:
@@ -205,3 +237,58 @@ async def test_cancelled_loads_are_answered_at_once(rig: Rig) -> None:
     assert rig.answers["last"] == 0
     await rig.loader.ended()
     assert 40 not in rig.pages
+
+
+async def test_what_was_read_in_a_pool_is_let_go_when_every_choice_has_it() -> None:
+    rig = Rig(num_loads=2)
+    rig.store.in_pool = True
+    rig.load("s0", b"ab", 10)
+    rig.store.decided.put_nowait(([b"a", b"b"], []))
+    assert await rig.answer("s0") == 2
+    await rig.loader.ended()
+    assert rig.store.let_go_of == []
+    rig.load("s1", b"ab", 20)
+    rig.store.decided.put_nowait(([b"a", b"b"], []))
+    assert await rig.answer("s1") == 2
+    await rig.loader.ended()
+    assert rig.store.let_go_of == [{b"a", b"b"}]
+    assert rig.loader.stats.transport == "device"
+
+
+async def test_what_was_read_in_the_arena_is_held_until_the_lease_ends(rig: Rig) -> None:
+    rig.load("s", b"a", 10)
+    rig.store.decided.put_nowait(([b"a"], []))
+    assert await rig.answer("s") == 1
+    await rig.loader.ended()
+    assert rig.store.let_go_of == []
+
+
+async def test_layers_are_copied_ahead_and_not_again(rig: Rig) -> None:
+    rig.store.in_pool = True
+    rig.load("s", b"abc", 10)
+    place, elsewhere = PoolPage(1, 2, 3), PoolPage(9, 9, 9)
+    for news in ([(b"a", place, 2), (b"b", place, 2)], [(b"a", place, 3), (b"c", elsewhere, 3)]):
+        rig.store.partial = [PartialBlock(*one) for one in news]
+        rig.store.decided.put_nowait(([], []))
+        async with asyncio.timeout(5):
+            while rig.store.partial:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+    rig.store.decided.put_nowait(([b"a", b"b", b"c"], []))
+    assert await rig.answer("s") == 3
+    assert rig.store.ahead == [
+        ([b"a", b"b"], [[10], [11]], [0, 0]),
+        ([b"a", b"c"], [[10], [12]], [2, 0]),
+    ]
+    assert rig.store.firsts == [3, 2, 0], "what was committed at another place is copied whole"
+
+
+async def test_a_request_that_ends_at_once_lets_go_all_the_same() -> None:
+    rig = Rig(num_loads=1)
+    rig.store.in_pool = True
+    rig.loader._loaded = lambda sequence_id, _: rig.loader.cancel(sequence_id)
+    rig.load("s", b"ab", 10)
+    rig.store.decided.put_nowait(([b"a", b"b"], []))
+    async with asyncio.timeout(5):
+        while not rig.store.let_go_of:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert rig.store.let_go_of == [{b"a", b"b"}]

@@ -1,0 +1,197 @@
+"""The pages of a GPU's pool for hand-overs: to and from host memory, and to other processes.
+
+Everything runs on one stream beside the compute's, from any thread; each call waits for its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from splitserve_kernels.kv_pages import copy_pages
+from splitserve_kernels.page_digest import digest_pages
+from torch import Tensor
+
+from splitserve.engine.device_memory import MappedMemory, export_memory
+from splitserve.kv.pages import PeerPool
+
+_HEAD: Final = struct.Struct("<16sQ")
+"""In front of a handle: the pool's random name and the bytes of a page."""
+
+_log = logging.getLogger(__name__)
+
+
+class DevicePages:
+    """Implements `PageAccess` but `shared`, and `SharesPages`.
+
+    pool: (num_pages, page_bytes) uint8, contiguous, on a GPU
+    """
+
+    def __init__(self, pool: Tensor, layer_bytes: int, stream: torch.cuda.Stream) -> None:
+        self._pool = pool
+        self._layer_bytes = layer_bytes
+        self._stream = stream
+        self._name = secrets.token_bytes(16)
+        self._warming = threading.Lock()
+        self._warm = False
+
+    @torch.inference_mode()
+    def export_pages(
+        self, pages: Sequence[int], first_layer: int, end_layer: int, outs: Sequence[memoryview]
+    ) -> None:
+        """See `PageAccess.export_pages`."""
+        first, end = first_layer * self._layer_bytes, end_layer * self._layer_bytes
+        with self._queued():
+            for page, out in zip(pages, outs, strict=True):
+                host = torch.frombuffer(out, dtype=torch.uint8)
+                host.copy_(self._pool[page, first:end], non_blocking=True)
+
+    @torch.inference_mode()
+    def insert_pages(self, pages: Sequence[int], contents: Sequence[memoryview]) -> None:
+        """See `PageAccess.insert_pages`."""
+        with self._queued():
+            for page, content in zip(pages, contents, strict=True):
+                host = torch.frombuffer(content, dtype=torch.uint8)
+                self._pool[page].copy_(host, non_blocking=True)
+
+    def pin(self, memory: memoryview) -> Callable[[], None]:
+        """See `PageAccess.pin`."""
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        began = time.monotonic()
+        with torch.cuda.device(self._pool.device):
+            refused = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+        if refused:
+            _log.warning(
+                "%d MiB of shared memory cannot be pinned, copies take a detour: CUDA error %d",
+                memory.nbytes >> 20,
+                refused,
+            )
+            # torch would take the refusal for a failure of this thread's next launch.
+            with suppress(RuntimeError):
+                torch.zeros(1, device=self._pool.device)
+            return _nothing
+        _log.info(
+            "%d MiB of shared memory pinned in %.1f s",
+            memory.nbytes >> 20,
+            time.monotonic() - began,
+        )
+
+        def unpin() -> None:
+            with torch.cuda.device(self._pool.device):
+                runtime.cudaHostUnregister(address)
+
+        return unpin
+
+    @cached_property
+    def pool_domain(self) -> str:
+        """See `SharesPages.pool_domain`."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"cuda {boot} {os.readlink('/proc/self/ns/ipc')}"
+
+    def pages_handle(self) -> bytes:
+        """See `SharesPages.pages_handle`. Raises `OSError` if the pool cannot be shared."""
+        self._warm_up()
+        return _HEAD.pack(self._name, self._pool.shape[1]) + export_memory(self._pool)
+
+    def open_peer(self, handle: bytes) -> DevicePeer:
+        """See `SharesPages.open_peer`. A process cannot map its own memory and need not."""
+        if len(handle) < _HEAD.size:
+            raise ConnectionError("the handle is not a GPU's")
+        name, page_bytes = _HEAD.unpack_from(handle)
+        if page_bytes != self._pool.shape[1]:
+            raise ConnectionError(f"the pool has pages of {page_bytes} bytes")
+        if name == self._name:
+            return DevicePeer(self._pool, None)
+        self._warm_up()
+        memory = MappedMemory(handle[_HEAD.size :], self._pool.device)
+        return DevicePeer(memory.bytes.view(-1, page_bytes), memory)
+
+    @torch.inference_mode()
+    def copy_from_peer(
+        self,
+        peer: PeerPool,
+        pages: Sequence[int],
+        own_pages: Sequence[int],
+        first_layer: int,
+        end_layer: int,
+    ) -> None:
+        """See `SharesPages.copy_from_peer`."""
+        if not isinstance(peer, DevicePeer):
+            raise TypeError("the pool is not a GPU's")
+        theirs = peer.pages()
+        if any(not 0 <= page < len(theirs) for page in pages):
+            raise OSError(f"the pool has {len(theirs)} pages")
+        part = slice(first_layer * self._layer_bytes, end_layer * self._layer_bytes)
+        try:
+            with self._queued():
+                numbers = torch.tensor([list(pages), list(own_pages)], device=self._pool.device)
+                copy_pages(theirs[:, part], numbers[0], self._pool[:, part], numbers[1])
+        except RuntimeError as error:
+            raise OSError(f"the copy failed: {error}") from error
+
+    @torch.inference_mode()
+    def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
+        """See `SharesPages.digest_pages`."""
+        with self._queued():
+            return digest_pages(self._pool, pages)
+
+    def _warm_up(self) -> None:
+        """Has the kernels compiled before the first hand-over needs them."""
+        with self._warming:
+            if self._warm:
+                return
+            scratch = torch.zeros_like(self._pool[:1])
+            with torch.inference_mode(), self._queued():
+                numbers = torch.tensor([[0], [0]], device=self._pool.device)
+                for size in (self._layer_bytes, scratch.shape[1]):
+                    part = scratch[:, :size]
+                    copy_pages(part, numbers[0], part, numbers[1])
+                digest_pages(scratch, [0])
+            self._warm = True
+
+    @contextmanager
+    def _queued(self) -> Iterator[None]:
+        """Work on the stream of copies, over when the block ends."""
+        with torch.cuda.stream(self._stream):
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            try:
+                yield
+            finally:
+                event.record(self._stream)
+                event.synchronize()
+
+
+class DevicePeer:
+    """Another GPU worker's pool, or this one's own."""
+
+    def __init__(self, pool: Tensor, memory: MappedMemory | None) -> None:
+        self._pool: Tensor | None = pool
+        self._memory = memory
+
+    def pages(self) -> Tensor:
+        """(pages, bytes) uint8. Raises OSError once closed."""
+        if self._pool is None:
+            raise OSError("the pool was closed")
+        return self._pool
+
+    def close(self) -> None:
+        """See `PeerPool.close`."""
+        self._pool = None
+        if self._memory is not None:
+            self._memory.close()
+
+
+def _nothing() -> None:
+    """Nothing was pinned."""

@@ -1,0 +1,109 @@
+"""A fake engine whose pool other processes can map, as those of GPUs can be: tests of that need no
+GPU.
+
+The pool is a memory file. Its handle says where the kernel shows this process's descriptor of it,
+for as long as the process lives.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from splitserve_kernels.page_digest_rules import digest_pages_reference
+
+from splitserve.engine.fake import FakeEngine
+from splitserve.kv.pages import PeerPool
+
+_HANDLE = struct.Struct("<QQQ")
+"""Process, descriptor, bytes of a page."""
+
+
+class SharedFakeEngine(FakeEngine):
+    """Implements `SharesPages`."""
+
+    _fd = -1
+
+    @cached_property
+    def pool_domain(self) -> str:
+        """See `SharesPages.pool_domain`."""
+        return f"fake {boot_id()} {os.readlink('/proc/self/ns/pid')}"
+
+    def pages_handle(self) -> bytes:
+        """See `SharesPages.pages_handle`."""
+        return _HANDLE.pack(os.getpid(), self._fd, self.spec.block_bytes)
+
+    def open_peer(self, handle: bytes) -> FakePeer:
+        """See `SharesPages.open_peer`."""
+        try:
+            pid, fd, page_bytes = _HANDLE.unpack(handle)
+        except struct.error as error:
+            raise ConnectionError("the handle is not a fake engine's") from error
+        if page_bytes != self.spec.block_bytes:
+            raise ConnectionError(f"the pool has pages of {page_bytes} bytes")
+        with Path(f"/proc/{pid}/fd/{fd}").open("rb") as file:
+            return FakePeer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), page_bytes)
+
+    def copy_from_peer(
+        self,
+        peer: PeerPool,
+        pages: Sequence[int],
+        own_pages: Sequence[int],
+        first_layer: int,
+        end_layer: int,
+    ) -> None:
+        """See `SharesPages.copy_from_peer`."""
+        if not isinstance(peer, FakePeer):
+            raise TypeError("the pool is not a fake engine's")
+        theirs = peer.pages()
+        if any(not 0 <= page < len(theirs) for page in pages):
+            raise OSError(f"the pool has {len(theirs)} pages")
+        layer = self.spec.layer_bytes
+        part = slice(first_layer * layer, end_layer * layer)
+        self._bytes[list(own_pages), part] = theirs[list(pages), part]
+
+    def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
+        """See `SharesPages.digest_pages`."""
+        return digest_pages_reference(self._bytes, pages)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        os.close(self._fd)
+
+    @property
+    def _bytes(self) -> NDArray[np.uint8]:
+        return self._pool.view(np.uint8).reshape(self.spec.num_pages, -1)
+
+    def _memory(self, size_bytes: int) -> mmap.mmap:
+        self._fd = os.memfd_create("splitserve-fake-pool", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, size_bytes)
+        return mmap.mmap(self._fd, size_bytes)
+
+
+class FakePeer:
+    """Another fake engine's pool."""
+
+    def __init__(self, mapping: mmap.mmap, page_bytes: int) -> None:
+        self._mapping: mmap.mmap | None = mapping
+        self._page_bytes = page_bytes
+
+    def pages(self) -> NDArray[np.uint8]:
+        """(pages, bytes). Raises OSError once closed."""
+        if self._mapping is None:
+            raise OSError("the pool was closed")
+        return np.frombuffer(self._mapping, np.uint8).reshape(-1, self._page_bytes)
+
+    def close(self) -> None:
+        """See `PeerPool.close`. The kernel unmaps when the last copy lets go."""
+        self._mapping = None
+
+
+def boot_id() -> str:
+    """This run of this host's kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

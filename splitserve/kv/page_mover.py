@@ -1,0 +1,251 @@
+"""Moves blocks between a worker's pages and a store.
+
+Where the arena is mapped, bytes go straight from a page into it and back; where it is not, through
+a buffer. Work is cut into slices for the copier's threads: each copies and digests its own.
+
+A reader digests after it has copied, and in the arena it digests what it has copied from: a
+committed block does not change but by damage, and damage stays. So what is found whole after the
+copy was whole while it was copied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import TypeVar
+
+from splitserve.errors import BlockCorrupt
+from splitserve.kv.codec import BlockHasher, block_digest, sealed_digest
+from splitserve.kv.copier import Copier
+from splitserve.kv.layout import KvLayout, Lease, ReadableBlock, Reservation
+from splitserve.kv.pages import PageAccess, PeerPool, SharesPages
+from splitserve.kv.transports.base import Transport, WriteTooLate
+from splitserve.kv.transports.shm import ShmTransport
+
+_SLICE_BYTES = 1 << 20
+"""Less than this is not worth a thread of its own."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class PagePart:
+    """Layers [first_layer, end_layer) of a page, to be written to a reserved block. `hasher` has
+    taken in the layers before, and takes in these.
+    """
+
+    key: bytes
+    reservation: Reservation
+    page: int
+    first_layer: int
+    end_layer: int
+    hasher: BlockHasher
+
+
+@dataclass(frozen=True)
+class LayerCopy:
+    """Layers [first_layer, end_layer) of a peer's page, to be copied to an own one."""
+
+    page: int
+    own_page: int
+    first_layer: int
+    end_layer: int
+
+
+class PageMover:
+    """The copies of one worker's pool."""
+
+    def __init__(self, pages: PageAccess, copier: Copier, layout: KvLayout) -> None:
+        self.pages = pages
+        self._copier = copier
+        self._layout = layout
+
+    def slices(self, items: Sequence[_T], item_bytes: int) -> list[Sequence[_T]]:
+        """The items cut up for the threads, in order."""
+        worthwhile = -(-len(items) * item_bytes // _SLICE_BYTES)
+        count = max(1, min(self._copier.threads, worthwhile, len(items)))
+        bounds = [at * len(items) // count for at in range(count + 1)]
+        return [items[first:end] for first, end in pairwise(bounds)]
+
+    def size_of(self, part: PagePart) -> int:
+        """Bytes of a part."""
+        return (part.end_layer - part.first_layer) * self.pages.layer_bytes
+
+    async def put(
+        self, transport: Transport, lease: Lease, parts: Sequence[PagePart], begin_by_s: float
+    ) -> None:
+        """Writes parts. What is raised is that of `Transport.write`, WriteTooLate before anything
+        was touched.
+        """
+        if isinstance(transport, ShmTransport):
+            with transport.lent():
+                views = [
+                    transport.span(
+                        part.reservation.arena_offset + self._offset_of(part), self.size_of(part)
+                    )
+                    for part in parts
+                ]
+                await self._copier.run(self._export, parts, views, begin_by_s)
+            return
+        views = [memoryview(bytearray(self.size_of(part))) for part in parts]
+        await self._copier.run(self._export, parts, views, begin_by_s)
+        await all_ended(
+            transport.write(
+                lease, part.key, part.reservation, self._offset_of(part), view, begin_by_s
+            )
+            for part, view in zip(parts, views, strict=True)
+        )
+
+    async def take(
+        self,
+        transport: Transport,
+        lease: Lease,
+        blocks: Sequence[ReadableBlock],
+        targets: Sequence[Sequence[int]],
+    ) -> list[bool]:
+        """Copies each block to its own pages. Which of them are whole."""
+        if isinstance(transport, ShmTransport):
+            with transport.lent():
+                views = [transport.span(block.arena_offset, block.size_bytes) for block in blocks]
+                return await self._copier.run(self._insert, blocks, views, targets)
+        whole = []
+        buffer = memoryview(bytearray(self._layout.block_bytes))
+        for block, pages in zip(blocks, targets, strict=True):
+            try:
+                await transport.read(lease, block, buffer, _unchecked)
+            except BlockCorrupt:
+                whole.append(False)
+                continue
+            whole += await self._copier.run(self._insert, [block], [buffer], [pages])
+        return whole
+
+    async def take_from_peer(
+        self,
+        shared: SharesPages,
+        peer: PeerPool,
+        blocks: Sequence[ReadableBlock],
+        targets: Sequence[Sequence[int]],
+        first_layers: Sequence[int],
+    ) -> list[bool]:
+        """Copies each block from its page of the peer, from its first layer on, to own pages. Which
+        of them are whole.
+        """
+        num_layers = self._layout.block_bytes // self.pages.layer_bytes
+        copies = [
+            LayerCopy(block.pool_page.page, page, first, num_layers)
+            for block, pages, first in zip(blocks, targets, first_layers, strict=True)
+            for page in pages
+            if block.pool_page is not None
+        ]
+        return await self._copier.run(self._take_copies, shared, peer, blocks, targets, copies)
+
+    async def copy_ahead(
+        self, shared: SharesPages, peer: PeerPool, copies: Sequence[LayerCopy]
+    ) -> None:
+        """Copies layers and checks nothing."""
+        await self._copier.run(_copy_layers, shared, peer, copies)
+
+    async def seal(
+        self, shared: SharesPages, blocks: Sequence[tuple[bytes, int, int]]
+    ) -> list[bytes]:
+        """The digests of (key, num_tokens, page) blocks that stay in the pool."""
+        pages = [page for _, _, page in blocks]
+        digests = await self._copier.run(shared.digest_pages, pages)
+        return [
+            self._sealed(key, num_tokens, digest)
+            for (key, num_tokens, _), digest in zip(blocks, digests, strict=True)
+        ]
+
+    def _offset_of(self, part: PagePart) -> int:
+        return part.first_layer * self.pages.layer_bytes
+
+    # -- in a thread of the copier -------------------------------------------------------------
+
+    def _export(
+        self, parts: Sequence[PagePart], views: Sequence[memoryview], begin_by_s: float
+    ) -> None:
+        # Looked at here, in the thread, for the copy may have waited long behind others.
+        if time.monotonic() >= begin_by_s:
+            raise WriteTooLate("the copy's turn came too late for what the store had vouched for")
+        together = zip(parts, views, strict=True)
+        for (first, end), group in groupby(together, lambda one: _layers_of(one[0])):
+            members = list(group)
+            self.pages.export_pages(
+                [part.page for part, _ in members], first, end, [view for _, view in members]
+            )
+            for part, view in members:
+                part.hasher.update(view)
+
+    def _insert(
+        self,
+        blocks: Sequence[ReadableBlock],
+        views: Sequence[memoryview],
+        targets: Sequence[Sequence[int]],
+    ) -> list[bool]:
+        together = [
+            (page, view) for view, pages in zip(views, targets, strict=True) for page in pages
+        ]
+        self.pages.insert_pages([page for page, _ in together], [view for _, view in together])
+        fingerprint = self._layout.fingerprint
+        return [
+            block_digest(block.key, block.num_tokens, fingerprint, view) == block.digest
+            for block, view in zip(blocks, views, strict=True)
+        ]
+
+    def _take_copies(
+        self,
+        shared: SharesPages,
+        peer: PeerPool,
+        blocks: Sequence[ReadableBlock],
+        targets: Sequence[Sequence[int]],
+        copies: Sequence[LayerCopy],
+    ) -> list[bool]:
+        """Digests its own copies: the peer's pages may be gone at any time."""
+        together = [
+            (block, page) for block, pages in zip(blocks, targets, strict=True) for page in pages
+        ]
+        own = [page for _, page in together]
+        _copy_layers(shared, peer, copies)
+        whole = {block.key: True for block in blocks}
+        for (block, _), digest in zip(together, shared.digest_pages(own), strict=True):
+            whole[block.key] &= self._sealed(block.key, block.num_tokens, digest) == block.digest
+        return [whole[block.key] for block in blocks]
+
+    def _sealed(self, key: bytes, num_tokens: int, page_digest: bytes) -> bytes:
+        layout = self._layout
+        return sealed_digest(key, num_tokens, layout.fingerprint, layout.block_bytes, page_digest)
+
+
+async def all_ended(works: Iterable[Awaitable[_R]]) -> list[_R]:
+    """All results, once every one has ended, also when cancelled: nothing touches memory after.
+    Raises the first fault.
+    """
+    ended = await asyncio.gather(*works, return_exceptions=True)
+    results = []
+    for result in ended:
+        if isinstance(result, BaseException):
+            raise result
+        results.append(result)
+    return results
+
+
+def _copy_layers(shared: SharesPages, peer: PeerPool, copies: Sequence[LayerCopy]) -> None:
+    """One copy for all of the same layers."""
+    together: dict[tuple[int, int], list[LayerCopy]] = {}
+    for copy in copies:
+        together.setdefault((copy.first_layer, copy.end_layer), []).append(copy)
+    for (first, end), same in together.items():
+        pages, own = [copy.page for copy in same], [copy.own_page for copy in same]
+        shared.copy_from_peer(peer, pages, own, first, end)
+
+
+def _layers_of(part: PagePart) -> tuple[int, int]:
+    return part.first_layer, part.end_layer
+
+
+def _unchecked() -> None:
+    """The copy is checked after it was inserted."""

@@ -1,0 +1,81 @@
+"""What a hand-over needs of an engine's pool. Never imports torch.
+
+`PageAccess` moves bytes between pages and host memory. An engine whose pages others on its node can
+read where they are offers `SharesPages` as well; then bytes need not pass through host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+PAGE_DIGEST_BYTES = 16
+
+
+class PageAccess(Protocol):
+    """The pool of one worker. All methods may be called from several threads at a time, for pages
+    that nobody else writes, and return when the bytes are where they belong.
+    """
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer of one page."""
+
+    @property
+    def shared(self) -> SharesPages | None:
+        """The same pool for others of this node; None if they cannot read it."""
+
+    def export_pages(
+        self, pages: Sequence[int], first_layer: int, end_layer: int, outs: Sequence[memoryview]
+    ) -> None:
+        """Copy layers [first_layer, end_layer) of each page to its own of `outs`."""
+
+    def insert_pages(self, pages: Sequence[int], contents: Sequence[memoryview]) -> None:
+        """Overwrite each page with its own of `contents`."""
+
+    def pin(self, memory: memoryview) -> Callable[[], None]:
+        """Let the device copy to and from host memory by itself, until the result is called. Does
+        nothing where there is no device or it cannot.
+        """
+
+
+class PeerPool(Protocol):
+    """Another process's pool, mapped into this one."""
+
+    def close(self) -> None:
+        """Unmap it. No copy may be under way."""
+
+
+@runtime_checkable
+class SharesPages(Protocol):
+    """A pool that other processes of the node can map. Methods may be called from any thread."""
+
+    @property
+    def pool_domain(self) -> str:
+        """Names host, namespace and kind of memory: an engine can map the pools of its own domain.
+        At most 256 characters.
+        """
+
+    def pages_handle(self) -> bytes:
+        """What `open_peer` needs, in another process; at most 4 KiB. Raises `OSError` if the pool
+        cannot be shared.
+        """
+
+    def open_peer(self, handle: bytes) -> PeerPool:
+        """Map another engine's pool. Raises `OSError` if that is not possible from here."""
+
+    def copy_from_peer(
+        self,
+        peer: PeerPool,
+        pages: Sequence[int],
+        own_pages: Sequence[int],
+        first_layer: int,
+        end_layer: int,
+    ) -> None:
+        """Copy layers [first_layer, end_layer) of each page of the peer to an own one, and wait.
+
+        Raises `OSError` if the peer has no such page or the copy fails.
+        """
+
+    def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
+        """PAGE_DIGEST_BYTES of each page: equal for equal bytes, whatever engine took it."""

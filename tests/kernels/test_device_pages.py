@@ -1,0 +1,84 @@
+"""The pages of a GPU's pool for hand-overs, with memory of the host in a GPU's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from splitserve_kernels.page_digest_rules import digest_pages_reference
+
+from splitserve.engine.device_pages import DevicePages, DevicePeer
+from splitserve.kv.pages import SharesPages
+
+PAGES, LAYERS, LAYER_BYTES = 6, 4, 64
+
+
+class HostPages(DevicePages):
+    """Has no stream to wait for, and no driver to ask."""
+
+    @contextmanager
+    def _queued(self) -> Iterator[None]:
+        yield
+
+
+def make(seed: int) -> tuple[HostPages, torch.Tensor]:
+    torch.manual_seed(seed)
+    pool = torch.randint(0, 256, (PAGES, LAYERS * LAYER_BYTES), dtype=torch.uint8)
+    return HostPages(pool, LAYER_BYTES, None), pool
+
+
+def test_layers_of_many_pages_leave_and_whole_pages_enter() -> None:
+    (source, theirs), (target, own) = make(1), make(2)
+    parts = [[memoryview(bytearray(2 * LAYER_BYTES)) for _ in range(2)] for _ in range(2)]
+    for half, outs in enumerate(parts):
+        source.export_pages([4, 1], 2 * half, 2 * half + 2, outs)
+    whole = [memoryview(bytearray(a) + bytearray(b)) for a, b in zip(*parts, strict=True)]
+    target.insert_pages([0, 5], whole)
+    assert torch.equal(own[[0, 5]], theirs[[4, 1]])
+
+
+def test_pages_of_a_peer_are_copied_and_digested() -> None:
+    (source, theirs), (target, own) = make(1), make(2)
+    assert isinstance(target, SharesPages)
+    target.copy_from_peer(DevicePeer(theirs, None), [4, 1, 1], [0, 5, 2], 0, LAYERS)
+    assert torch.equal(own[[0, 5, 2]], theirs[[4, 1, 1]])
+    digests = target.digest_pages([0, 5, 2])
+    assert digests == source.digest_pages([4, 1, 1])
+    assert digests == digest_pages_reference(theirs.numpy(), [4, 1, 1])
+
+
+def test_layers_of_a_peer_are_copied_alone() -> None:
+    (_, theirs), (target, own) = make(1), make(2)
+    expected, part = own.clone(), slice(LAYER_BYTES, 3 * LAYER_BYTES)
+    expected[[0, 5], part] = theirs[[4, 1], part]
+    target.copy_from_peer(DevicePeer(theirs, None), [4, 1], [0, 5], 1, 3)
+    assert torch.equal(own, expected)
+
+
+def test_a_peer_that_lacks_the_page_or_is_closed_is_an_error_of_the_system() -> None:
+    (_, theirs), (target, _) = make(1), make(2)
+    peer = DevicePeer(theirs, None)
+    with pytest.raises(OSError, match="6 pages"):
+        target.copy_from_peer(peer, [6], [0], 0, LAYERS)
+    peer.close()
+    with pytest.raises(OSError, match="closed"):
+        target.copy_from_peer(peer, [1], [0], 0, LAYERS)
+
+
+def test_its_own_handle_is_its_own_pool() -> None:
+    source, pool = make(1)
+    before = pool.clone()
+    source._warm_up()
+    assert torch.equal(pool, before), "kernels are compiled over other memory"
+    handle = source._name + pool.shape[1].to_bytes(8, "little") + bytes(80)
+    peer = source.open_peer(handle)
+    assert peer.pages() is pool
+    peer.close()
+
+
+@pytest.mark.parametrize("handle", [b"", b"x" * 23, b"x" * 16 + (1).to_bytes(8, "little")])
+def test_a_handle_of_something_else_is_refused(handle: bytes) -> None:
+    with pytest.raises(ConnectionError):
+        make(1)[0].open_peer(handle)

@@ -1,0 +1,90 @@
+"""Many blocks at once between pages and a real store, in slices for several threads."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import pytest
+
+from splitserve.engine.fake import FakeEngine
+from splitserve.kv.client import KvStoreClient
+from splitserve.kv.codec import BlockHasher, block_digest
+from splitserve.kv.layout import BlockSpec, KvLayout
+from splitserve.kv.page_mover import PagePart
+from splitserve.worker.pages import EnginePages
+
+COUNT = 6
+TOKENS = 1024
+
+
+def make_engine():
+    """Pages of half a MiB."""
+    return FakeEngine(num_pages=16, num_layers=64, block_tokens=TOKENS)
+
+
+SPEC = make_engine().spec
+
+
+@pytest.fixture
+async def client_of(shared_store):
+    """Makes clients of an engine's pool."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(engine, transport):
+            client = await KvStoreClient.connect(
+                shared_store.address,
+                worker_id=f"worker-{random.getrandbits(64):x}",
+                layout=KvLayout(SPEC.fingerprint, TOKENS, SPEC.block_bytes),
+                transport=transport,
+                pages=EnginePages(engine),
+            )
+            stack.push_async_callback(client.close)
+            return client
+
+        yield make
+
+
+@pytest.mark.parametrize(("writes", "reads"), [("shm", "shm"), ("shm", "grpc"), ("grpc", "shm")])
+async def test_blocks_go_from_pages_to_pages(client_of, awaited, writes, reads):
+    source, target = make_engine(), make_engine()
+    writer, reader = await client_of(source, writes), await client_of(target, reads)
+    keys = [random.randbytes(32) for _ in range(COUNT)]
+    contents = [random.Random(at).randbytes(SPEC.block_bytes) for at in range(COUNT)]
+    for page, content in enumerate(contents):
+        source.insert_page(page, memoryview(content))
+    lease = await writer.grant_lease("test", 10_000)
+    specs = [BlockSpec(key, SPEC.block_bytes, TOKENS) for key in keys]
+    reservations = await writer.reserve(lease, specs)
+    fingerprint = writer.layout.fingerprint
+    hashers = [BlockHasher(key, TOKENS, fingerprint, SPEC.block_bytes) for key in keys]
+    for first, end in ((0, 40), (40, 64)):
+        await writer.put_pages(
+            lease,
+            [
+                PagePart(key, reservation, page, first, end, hasher)
+                for page, (key, reservation, hasher) in enumerate(
+                    zip(keys, reservations, hashers, strict=True)
+                )
+            ],
+        )
+    digests = [hasher.digest() for hasher in hashers]
+    assert digests == [
+        block_digest(key, TOKENS, fingerprint, content)
+        for key, content in zip(keys, contents, strict=True)
+    ]
+    digests[4] = bytes(16)  # as if it had been damaged
+    await writer.commit(lease, zip(keys, digests, strict=True))
+    blocks, missing = await awaited(reader, lease, keys)
+    assert missing == []
+    blocks.sort(key=lambda block: keys.index(block.key))
+    targets = [[2 * at, 2 * at + 1] for at in range(COUNT)]
+    whole = await reader.take_pages(lease, blocks, targets)
+    assert whole == [True, True, True, True, False, True]
+    out = bytearray(SPEC.block_bytes)
+    for at in (0, 1, 2, 3, 5):
+        for page in targets[at]:
+            target.export_page(page, 0, SPEC.num_layers, memoryview(out))
+            assert bytes(out) == contents[at]
+    assert (await awaited(reader, lease, [keys[4]]))[1] == [keys[4]], "it was given up"
+    await writer.release([lease])
