@@ -9,7 +9,8 @@ prefixes are not reused.
 step: the median gap between tokens with a full batch, every sequence having `--context`
     tokens before the first measured one. Its floor is the bytes of weights and of keys and values
     over the bandwidth of a large copy in the same run. `exposed` is by how much a step of the whole
-    loop is longer than the same steps launched back to back with no loop around them.
+    loop is longer than the same steps launched back to back with no loop around them. `sampled` is
+    the same step with draws at a temperature of 0.8 from the likeliest 0.95.
 prefill: from the first prompt submitted to the last first token, for COUNTxTOKENS prompts at once.
 workload: all requests submitted at once, as many in flight as the batch holds.
 
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from machine import describe_machine
 
+from benchmarks.kernels.timing import copy_bytes_per_s
 from splitserve.bench.engine_replay import EngineReplay
 from splitserve.bench.pacing import Pacing
 from splitserve.bench.report import Limits, Report, summarize
@@ -42,32 +44,20 @@ from splitserve.weights.checkpoint import read_config
 STEPS = 128
 MEASURED = slice(16, 112)
 GREEDY = SamplingParams(temperature=0)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95)
 WORKLOADS = Path(__file__).parent / "workloads"
-
-
-def copy_bytes_per_s() -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2e3 * source.nbytes / statistics.median(times[2:])
 
 
 def at_once(items: list[WorkItem]) -> Pacing:
     return Pacing((0.0,) * len(items), None, "all at once")
 
 
-def loop_ms(bench: EngineReplay, batch: int, context: int) -> float:
+def loop_ms(
+    bench: EngineReplay, batch: int, context: int, sampling: SamplingParams = GREEDY
+) -> float:
     """The median gap between the tokens of the sequence that began last."""
     items = [WorkItem(str(i), context, STEPS) for i in range(batch)]
-    records = bench.run(items, at_once(items), seed=batch)
+    records = bench.run(items, at_once(items), seed=batch, sampling=sampling)
     last = max(records, key=lambda record: record.token_times_s[0])
     return statistics.median(last.itl_s[MEASURED]) * 1e3
 
@@ -125,9 +115,10 @@ def step_rows(options: argparse.Namespace, engine: Any, bench: EngineReplay, cop
     for batch in options.batch:
         kv = batch * (options.context + STEPS / 2) * spec.block_bytes / spec.block_tokens
         floor = (options.weight_bytes + kv) / copy * 1e3
-        step, alone = loop_ms(bench, batch, options.context), 0.0
+        step = loop_ms(bench, batch, options.context)
         alone = device_ms(engine, batch, options.context)
         row = {"batch": batch, "step_ms": step, "device_ms": alone, "exposed_ms": step - alone}
+        row["sampled_ms"] = loop_ms(bench, batch, options.context, SAMPLED)
         rows.append({**row, "floor_ms": floor, "of_floor": floor / step})
         print("step", {k: round(v, 3) for k, v in rows[-1].items()}, flush=True)
         if options.profile:
@@ -206,6 +197,7 @@ def main() -> None:
             quantization=options.quantization,
             kv_dtype=options.kv_dtype,
             max_batch=options.max_batch,
+            max_step_tokens=options.max_step_tokens,
             max_context_tokens=min(4096, shape.max_context_tokens),
         ),
         show_progress=sys.stderr.isatty(),

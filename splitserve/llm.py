@@ -35,6 +35,7 @@ from splitserve.engine.factory import (
     step_sizes,
 )
 from splitserve.engine.protocol import Engine
+from splitserve.engine.scheduler import check_step
 from splitserve.errors import InvalidRequest
 from splitserve.llm_request import Request, dispatch
 from splitserve.outputs import OutputBuilder, OutputDelta, RequestOutput
@@ -94,8 +95,9 @@ class LLM:
         show_progress: bool = False,
     ) -> None:
         sizes = step_sizes(device)
-        max_batch = max_batch or sizes.max_batch
-        max_step_tokens = max_step_tokens or sizes.max_step_tokens
+        max_batch = sizes.max_batch if max_batch is None else max_batch
+        max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
+        check_step(max_batch, max_step_tokens, block_tokens)
         engine_config = EngineConfig(
             model=str(model),
             device=device,
@@ -111,6 +113,7 @@ class LLM:
             block_tokens=block_tokens,
             max_context_tokens=max_context_tokens,
             max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
         )
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_checkpoint(model)
         self._template = None if skip_tokenizer_init else ChatTemplate.from_checkpoint(model)

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,10 +37,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.kernels.timing import copy_bytes_per_s, graph_us
 from benchmarks.machine import describe_machine
 from tests.kernels.paged_cases import learned, make_case, worst_error
 
-BLOCK_TOKENS, REPLAYS = 16, 15
+BLOCK_TOKENS = 16
 POOL_BYTES = 1 << 28
 """Several times the L2 cache."""
 GPU = torch.device("cuda")
@@ -201,7 +201,7 @@ def check(
         )
         for new in news:
             out = case.poisoned_out
-            paged_prefill(*fixed, out, max_queries=max(counts), **new, **rules)
+            paged_prefill(*fixed, out, **new, **rules)
             errors.append(worst_error(out, exact))
     error = max(errors, key=lambda value: math.inf if math.isnan(value) else value)
     return {
@@ -263,28 +263,6 @@ def run_checks(seed: int, workers: int) -> list[dict[str, object]]:
     return results
 
 
-def graph_ms(calls: list[Callable[[], object]]) -> float:
-    """Milliseconds a call: the median replay of a graph of all `calls`."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
-    return statistics.median(times[3:])
-
-
 class Inputs:
     """Random queries and a scattered pool of several layers on the GPU."""
 
@@ -342,7 +320,6 @@ def decode_calls(inputs: Inputs, shape: Shape, processors: int) -> list[Callable
 
 def prefill_calls(inputs: Inputs, shape: Shape) -> list[Callable[[], object]]:
     rules = rules_on_gpu(shape.rules, shape.heads)
-    rules["max_queries"] = max(count for count, _ in shape.chunks)
     fixed = (inputs.page_table, inputs.starts, inputs.lengths, inputs.out)
     return [
         functools.partial(paged_prefill, inputs.queries, *kv, *fixed, **new, **scales, **rules)
@@ -375,21 +352,18 @@ def sdpa_ms(inputs: Inputs, shape: Shape) -> dict[str, float]:
         ]
         try:
             with sdpa_kernel(backend):
-                times[name] = graph_ms(calls)
+                times[name] = graph_us(calls) / 1e3
         except RuntimeError as error:
             print(f"{shape.name}: {name}: {str(error)[:80]}")
     return times
 
 
 def ceilings() -> dict[str, float]:
-    source = torch.randn(1 << 29, device=GPU)
-    target = torch.empty_like(source)
-    copy = graph_ms([lambda: target.copy_(source)])
     left, right = (torch.randn(8192, 8192, device=GPU).bfloat16() for _ in range(2))
-    product = graph_ms([lambda: left @ right])
+    product = graph_us([lambda: left @ right])
     return {
-        "copy_bytes_per_s": 2 * source.nbytes / copy * 1e3,
-        "bf16_flop_per_s": 2 * 8192**3 / product * 1e3,
+        "copy_bytes_per_s": copy_bytes_per_s(),
+        "bf16_flop_per_s": 2e6 * 8192**3 / product,
     }
 
 
@@ -401,7 +375,7 @@ def time_shape(shape: Shape, roof: dict[str, float], processors: int) -> dict[st
     else:
         calls = prefill_calls(inputs, shape)
         amount, rate = shape.flops, roof["bf16_flop_per_s"]
-    taken = graph_ms(calls)
+    taken = graph_us(calls) / 1e3
     return {
         **asdict(shape),
         "codes": str(shape.codes),
@@ -416,7 +390,7 @@ def time_shape(shape: Shape, roof: dict[str, float], processors: int) -> dict[st
 def plan_us(sequences: int, processors: int) -> float:
     lengths = torch.full((sequences,), 1024, device=GPU)
     call = functools.partial(plan_decode, lengths, kv_heads=8, num_processors=processors)
-    return graph_ms([call] * 20) * 1e3
+    return graph_us([call] * 20)
 
 
 def show(kind: str, entry: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from splitserve_kernels.grouped_linear import (
 from splitserve_kernels.small_tiles import TOLERANCE, TilePlan
 from torch import Tensor
 
-from benchmarks.kernels.linear import copy_tb_per_s, graph_us
+from benchmarks.kernels.timing import copy_bytes_per_s, graph_us
 from benchmarks.machine import describe_machine
 
 GPU = torch.device("cuda")
@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    rate = copy_tb_per_s()
+    rate = copy_bytes_per_s() / 1e12
     print(f"{torch.cuda.get_device_name()}: copy {rate:.2f} TB/s, seed {arguments.seed}")
     types = (torch.bfloat16, torch.float16, torch.float32)
     checks = [check(dtype, tokens) for dtype in types for tokens in (1, 40, 300)]

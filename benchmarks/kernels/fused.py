@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 import traceback
@@ -65,6 +64,7 @@ from splitserve_kernels.rotary import (
 from splitserve_kernels.sampling import sample, truncated_reference
 from torch import Tensor
 
+from benchmarks.kernels.timing import copy_bytes_per_s, graph_us
 from benchmarks.machine import describe_machine
 
 GPU = torch.device("cuda")
@@ -73,7 +73,7 @@ FP8 = torch.float8_e4m3fn
 TYPES = (BF16, FP16, FP32)
 ULP = {BF16: 2**-8, FP16: 2**-11, FP32: 2**-23}
 VOCAB = 128256
-CALLS, REPLAYS, PROCESSES = 10, 12, 16
+CALLS, PROCESSES = 10, 16
 
 Check = tuple[str, float]
 """A name and an error in units of what it may be."""
@@ -359,27 +359,6 @@ def run_checks(seed: int) -> list[dict[str, object]]:
 # Times
 
 
-def graph_us(call: Callable[[], object]) -> float:
-    """Microseconds a call: the median replay of a graph of several."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / CALLS)
-    return statistics.median(times[2:])
-
-
 def host_us(call: Callable[[], object]) -> float:
     """Microseconds that one eager launch takes of the host."""
     torch.cuda.synchronize()
@@ -389,12 +368,6 @@ def host_us(call: Callable[[], object]) -> float:
     taken = time.perf_counter() - start
     torch.cuda.synchronize()
     return taken / 50 * 1e6
-
-
-def copy_bytes_per_us() -> float:
-    source = torch.randn(1 << 27, device=GPU)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_us(lambda: target.copy_(source))
 
 
 def cases(rows: int) -> Iterator[tuple[str, Callable[[], object], int]]:
@@ -479,7 +452,7 @@ def time_all(bytes_per_us: float) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
     for rows in (1, 64, 256, 4096):
         for name, call, size in cases(rows):
-            taken, floor = graph_us(call), size / bytes_per_us
+            taken, floor = graph_us([call] * CALLS), size / bytes_per_us
             entry = {"kernel": name, "rows": rows, "us": taken, "floor_us": floor}
             if rows == 64:
                 entry["host_us"] = host_us(call)
@@ -504,7 +477,7 @@ def main() -> int:
     failed = [entry for entry in checks if not entry["ok"]]
     print(f"{len(checks) - len(failed)} of {len(checks)} checks passed in {took:.0f} s", flush=True)
     torch.manual_seed(arguments.seed)
-    bytes_per_us = copy_bytes_per_us()
+    bytes_per_us = copy_bytes_per_s() / 1e6
     print(f"{torch.cuda.get_device_name()}: copies {bytes_per_us / 1e6:.2f} TB/s")
     times = time_all(bytes_per_us)
     print(f"{time.perf_counter() - began:.0f} s in all")

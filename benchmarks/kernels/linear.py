@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -30,45 +29,11 @@ from splitserve_kernels.small_tiles import TilePlan
 
 from benchmarks.kernels.linear_cases import KINDS, SHAPES, Case, check, checks_of, make_case
 from benchmarks.kernels.linear_plans import neighbours, plans
+from benchmarks.kernels.timing import copy_bytes_per_s, graph_us
 from benchmarks.machine import describe_machine
 
 GPU = torch.device("cuda")
-REPLAYS = 12
-WARM_S = 0.015
 COMPILERS = 14
-
-
-def graph_us(calls: list[Callable[[], object]], *, replays: int = REPLAYS) -> float:
-    """Microseconds a call: the median replay of a graph of all `calls`."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    # Clocks rise under load.
-    until = time.monotonic() + WARM_S
-    while time.monotonic() < until:
-        graph.replay()
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
-def copy_tb_per_s() -> float:
-    source = torch.randn(1 << 28, device=GPU)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_us([lambda: target.copy_(source)] * 4) / 1e6
 
 
 def time_plan(case: Case, plan: TilePlan | None, *, early: bool = True) -> float:
@@ -188,7 +153,7 @@ def main() -> int:
     precompile(*choice, tuning=arguments.tune)
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     properties = torch.cuda.get_device_properties(GPU)
-    rate = copy_tb_per_s()
+    rate = copy_bytes_per_s() / 1e12
     print(f"{properties.name}: copy {rate:.2f} TB/s, seed {arguments.seed}")
     result: dict[str, object] = {
         "machine": describe_machine(),

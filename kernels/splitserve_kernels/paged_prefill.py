@@ -46,7 +46,6 @@ def paged_prefill(
     lengths: Tensor,
     out: Tensor,
     *,
-    max_queries: int,
     new_keys: Tensor | None = None,
     new_values: Tensor | None = None,
     scale: float | None = None,
@@ -65,9 +64,8 @@ def paged_prefill(
         [query_starts[s], query_starts[s + 1]), which are its last tokens. Rows of no sequence are
         left as they are.
     lengths: (sequences,) int32 or int64, tokens in all, those of the queries included
-    max_queries: at least the most rows of a sequence
     new_keys, new_values: (rows, kv_heads, head_dim), what the pool has of the rows; only for speed,
-        and not read where the pool holds codes. Rows after the last sequence's must be finite.
+        and not read where the pool holds codes.
     scale, window, soft_cap, slopes, sinks: see `paged_decode`
 
     Raises `ValueError` for shapes, types and numbers that do not go together.
@@ -344,7 +342,10 @@ def _attend_rows(
             )
     if new_keys is not None:
         new_begin = past + tl.maximum(least - past, 0) // TILE_TOKENS * TILE_TOKENS
-        for start in tl.range(new_begin, end, TILE_TOKENS, num_stages=STAGES):
+        # Behind the chunk are other sequences' rows.
+        in_chunk = new_begin + (past + count - new_begin) // TILE_TOKENS * TILE_TOKENS
+        new_end = tl.minimum(end, in_chunk)
+        for start in tl.range(new_begin, new_end, TILE_TOKENS, num_stages=STAGES):
             row = first_row + start - past
             tokens = start + tl.arange(0, TILE_TOKENS)
             edge = start + TILE_TOKENS > first_position + 1
@@ -368,6 +369,32 @@ def _attend_rows(
                 tokens < end,
                 positions,
                 edge,
+                CAUSAL=True,
+            )
+        if new_end < end:
+            row = first_row + new_end - past
+            tokens = new_end + tl.arange(0, TILE_TOKENS)
+            live = tokens < past + count
+            # A weight of zero does not undo a value that is not finite.
+            tile_values = new_values.load([row, kv_head * HEAD_DIM])
+            peak, total, mixed = attend_tile(
+                peak,
+                total,
+                mixed,
+                q,
+                new_keys.load([row, kv_head * HEAD_DIM]),
+                tl.where(live[:, None], tile_values, 0.0),
+                row_scale,
+                None,
+                None,
+                score_scale,
+                soft_cap,
+                row_slopes,
+                window,
+                tokens,
+                live,
+                positions,
+                True,
                 CAUSAL=True,
             )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from splitserve_kernels.argmax import check_logits, lowest_of
 
-MAX_VOCAB = 1 << 18
+MAX_VOCAB = 1 << 19
 
 _TILE = 8192
 _COLLECTED = 4096

@@ -102,14 +102,6 @@ def gate_reference(product: Tensor, activation: Activation) -> Tensor:
     return functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 
-def takes(m: int, n: int, k: int, dtype: torch.dtype, *, gated: bool = False) -> bool:
-    """Whether a product of these sides is better done here than by the library, on 132 processors.
-
-    `n` is the rows of the weight; with `gated` half of it is the gate's.
-    """
-    return choose(m, n, k, dtype, num_processors=132, gated=gated) is not None
-
-
 def choose(
     m: int, n: int, k: int, dtype: torch.dtype, *, num_processors: int, gated: bool = False
 ) -> TilePlan | None:

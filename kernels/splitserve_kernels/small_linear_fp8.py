@@ -105,14 +105,6 @@ def small_gated_linear_fp8_reference(
     return gate_reference(small_linear_fp8_reference(codes, steps, weight, scales), activation)
 
 
-def takes_fp8(m: int, n: int, k: int, *, gated: bool = False) -> bool:
-    """Whether a product of these sides is better done here than by the library, on 132 processors.
-
-    `n` is the rows of the weight; with `gated` half of it is the gate's.
-    """
-    return choose_fp8(m, n, k, num_processors=132, gated=gated) is not None
-
-
 def choose_fp8(
     m: int, n: int, k: int, *, num_processors: int, gated: bool = False
 ) -> TilePlan | None:

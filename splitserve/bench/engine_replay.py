@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from splitserve.bench.pacing import Pacing
 from splitserve.bench.record import RequestRecord
@@ -18,6 +19,8 @@ from splitserve.engine.core import CoreConfig, EngineCore
 from splitserve.engine.protocol import Engine
 from splitserve.errors import Unavailable
 from splitserve.sampling import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0)
 
 OnDone = Callable[[RequestRecord], object]
 
@@ -44,9 +47,11 @@ class EngineReplay:
         pacing: Pacing,
         *,
         seed: int,
+        sampling: SamplingParams = GREEDY,
         on_done: OnDone = lambda record: None,
     ) -> list[RequestRecord]:
         """One record a request, in the order of `items`. Prompts are made before the clock starts.
+        Every output has its item's length, however it is drawn.
 
         Raises `Unavailable` if the loop fails.
         """
@@ -65,7 +70,8 @@ class EngineReplay:
         for index, item in enumerate(items):
             time.sleep(max(0.0, began_s + pacing.offsets_s[index] - time.perf_counter()))
             turns.acquire()
-            self._submit(index, prompts[index], item.output_tokens, records[index])
+            params = replace(sampling, max_tokens=item.output_tokens, ignore_eos=True)
+            self._submit(index, prompts[index], params, records[index])
         for _ in items:
             left.acquire()
         return records
@@ -103,9 +109,8 @@ class EngineReplay:
         ]
 
     def _submit(
-        self, index: int, prompt: list[int], output_tokens: int, record: RequestRecord
+        self, index: int, prompt: list[int], params: SamplingParams, record: RequestRecord
     ) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
         request = sequence.Sequence(f"{index}/{record.id}", prompt, params, seed=0)
         record.sent_s = time.perf_counter()
         self._records[request.id] = record

@@ -28,6 +28,7 @@ from splitserve.cli.options import (
 )
 from splitserve.client import AsyncClient
 from splitserve.engine.factory import EngineConfig, open_engine, step_sizes
+from splitserve.engine.scheduler import check_step
 from splitserve.errors import ConfigError
 from splitserve.weights.checkpoint import read_config
 
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     sizes = step_sizes(options.device)
     options.max_batch = options.max_batch or sizes.max_batch
     options.max_step_tokens = options.max_step_tokens or sizes.max_step_tokens
+    check_step(options.max_batch, options.max_step_tokens, EngineConfig.block_tokens)
     items = select(load_workload(options.workload), options.num_requests)
     items = cap(items, options.max_prompt_tokens, options.max_output_tokens)
     pacing = choose(
@@ -139,6 +141,7 @@ def _measure_engine(
         deterministic=options.deterministic,
         threads=options.threads,
         max_batch=options.max_batch,
+        max_step_tokens=options.max_step_tokens,
         max_context_tokens=_context(options.model, items),
         **precision(options),
     )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import Slice
@@ -37,19 +35,6 @@ class QueryGroup:
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """All groups of more than one query a sequence, as one ragged batch."""
-
-    page_table: Tensor
-    """(sequences, pages) int64, padded with page 0."""
-    row_starts: Tensor
-    """(sequences + 1,) int64: sequence s has rows [row_starts[s], row_starts[s + 1])."""
-    lengths: Tensor
-    """(sequences,) int64: tokens to attend to, the new ones included."""
-    most_rows: int
-
-
-@dataclass(frozen=True)
 class StepBatch:
     """Rows of all slices, decoding ones first."""
 
@@ -62,26 +47,6 @@ class StepBatch:
     groups: list[QueryGroup]
     last_rows: Tensor
     """(draws,) int64: the row of each draw, slice by slice in the order given."""
-
-    @cached_property
-    def chunks(self) -> Chunks | None:
-        """The groups that are chunks of prompts, None if there are none. Made when first read."""
-        groups = [group for group in self.groups if group.count > 1]
-        if not groups:
-            return None
-        width = max(group.page_table.shape[1] for group in groups)
-        tables = [
-            functional.pad(group.page_table, (0, width - group.page_table.shape[1]))
-            for group in groups
-        ]
-        starts = [group.first_row for group in groups]
-        starts.append(starts[-1] + groups[-1].count)
-        return Chunks(
-            page_table=torch.cat(tables),
-            row_starts=torch.tensor(starts, device=self.positions.device),
-            lengths=torch.cat([group.lengths for group in groups]),
-            most_rows=max(group.count for group in groups),
-        )
 
 
 def build_batch(slices: Sequence[Slice], memory: PageMemory, device: torch.device) -> StepBatch:

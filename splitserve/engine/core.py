@@ -16,16 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from splitserve.engine.protocol import (
-    DRAWN,
-    AsyncEngine,
-    Draw,
-    DrawnToken,
-    Engine,
-    Launched,
-    LayersDone,
-    Slice,
-)
+from splitserve.engine.flights import Flight, Flights, slice_of, whole_blocks
+from splitserve.engine.protocol import DrawnToken, Engine
 from splitserve.engine.scheduler import Chunk, Scheduler
 from splitserve.engine.sequence import Sequence, SequenceOutput, State, StepListener
 from splitserve.errors import InvalidRequest, Overloaded, SplitserveError, Unavailable
@@ -66,25 +58,6 @@ class CoreStats:
     stuck_s: float
 
 
-@dataclass(frozen=True)
-class _Computed:
-    """A step of an engine that computes while it is called."""
-
-    drawn: list[list[DrawnToken]]
-
-    def tokens(self) -> list[list[DrawnToken]]:
-        return self.drawn
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A step that was launched and not read."""
-
-    chunks: list[Chunk]
-    began: float
-    launched: Launched
-
-
 class EngineCore:
     """Owns the scheduler and the pool, and is the only caller of `Engine.step`."""
 
@@ -108,9 +81,7 @@ class EngineCore:
         )
         self._news = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
-        self._launch = engine.launch if isinstance(engine, AsyncEngine) else self._step_engine
-        self._ahead = 1 if isinstance(engine, AsyncEngine) else 0
-        self._flights: deque[_Flight] = deque()
+        self._flights = Flights(engine)
         self._landed_at = 0.0
         self._live: dict[str, Sequence] = {}
         self._ids: set[str] = set()
@@ -228,7 +199,7 @@ class EngineCore:
         chunks = self._scheduler.plan()
         if chunks:
             self._take_off(chunks)
-        self._land(self._ahead if chunks else 0)
+        self._land(self._flights.most_ahead if chunks else 0)
         self._publish()
         return bool(chunks) or landing
 
@@ -251,21 +222,20 @@ class EngineCore:
             self._inbox.popleft()()
 
     def _take_off(self, chunks: list[Chunk]) -> None:
-        began = time.monotonic()
         if not self._flights:
-            self._step_began = began
-        slices, layers_done = [_slice(c) for c in chunks], _layers_done(chunks, self._block)
+            self._step_began = time.monotonic()
+        slices = [slice_of(chunk) for chunk in chunks]
         for chunk in chunks:
             self._scheduler.launched(chunk)
         try:
-            self._flights.append(_Flight(chunks, began, self._launch(slices, layers_done)))
+            self._flights.take_off(chunks, slices)
         except Exception:
             self._end_step(self._fail(chunks))
 
     def _land(self, most_in_flight: int) -> None:
         """Read and emit the oldest steps until no more than so many are in flight."""
         while len(self._flights) > most_in_flight:
-            flight = self._flights.popleft()
+            flight = self._flights.next_down()
             try:
                 drawn = flight.launched.tokens()
             except Exception:
@@ -275,17 +245,27 @@ class EngineCore:
             self._end_step(self._book(flight.chunks, drawn))
 
     def _book(self, chunks: list[Chunk], drawn: list[list[DrawnToken]]) -> list[SequenceOutput]:
+        # Whatever goes wrong with one of them, none is left in flight.
+        for chunk in chunks:
+            self._scheduler.landed(chunk)
         outputs = []
         for chunk, tokens in zip(chunks, drawn, strict=True):
-            self._scheduler.landed(chunk)
-            if chunk.sequence.sink:
-                chunk.sequence.sink.blocks_done(*_whole_blocks(chunk, self._block))
-            output = self._scheduler.apply(chunk, tokens)
+            output = self._book_one(chunk, tokens)
             if output:
                 outputs.append(output)
             else:
                 self._forget_if_done(chunk.sequence)
         return outputs
+
+    def _book_one(self, chunk: Chunk, tokens: list[DrawnToken]) -> SequenceOutput | None:
+        sequence = chunk.sequence
+        try:
+            if sequence.sink:
+                sequence.sink.blocks_done(*whole_blocks(chunk, self._block))
+            return self._scheduler.apply(chunk, tokens)
+        except Exception:
+            log.exception("a step of sequence %s could not be booked", sequence.id)
+            return self._fail_one(sequence) if sequence.is_live else None
 
     def _end_step(self, outputs: list[SequenceOutput]) -> None:
         self._landed_at = time.monotonic()
@@ -299,6 +279,7 @@ class EngineCore:
         log.exception("a forward pass over %d sequences failed", len(chunks))
         for chunk in chunks:
             self._scheduler.landed(chunk)
+            self._forget_if_done(chunk.sequence)
         return [self._fail_one(c.sequence) for c in chunks if c.sequence.is_live]
 
     def _fail_one(self, sequence: Sequence) -> SequenceOutput:
@@ -362,51 +343,10 @@ class EngineCore:
                 "lower max_tokens or give the worker a larger pool"
             )
 
-    def _step_engine(self, slices: list[Slice], layers_done: LayersDone | None) -> Launched:
-        return _Computed(self._engine.step(slices, layers_done))
-
-    def _measure(self, flight: _Flight) -> None:
+    def _measure(self, flight: Flight) -> None:
         """A step on a device begins when the one before has ended."""
-        seconds = time.monotonic() - max(flight.began, self._landed_at)
+        seconds = time.monotonic() - max(flight.began_s, self._landed_at)
         tokens = sum(c.count for c in flight.chunks if c.count > 1)
         if tokens and seconds > 0:
             rate, old = tokens / seconds, self._prefill_rate
             self._prefill_rate = rate if not old else old + _RATE_SMOOTHING * (rate - old)
-
-
-def _slice(chunk: Chunk) -> Slice:
-    sequence = chunk.sequence
-    draws: list[Draw] = []
-    if chunk.is_last:
-        choices = range(sequence.prefill_choices) or (sequence.choice,)
-        draws = [
-            Draw(
-                sequence.params,
-                sequence.seed,
-                choice,
-                sequence.prompt,
-                sequence.output,
-                sequence.num_pending,
-            )
-            for choice in choices
-        ]
-    # The one token that may not be known is the one that the step before draws.
-    tokens = sequence.tokens(chunk.start, chunk.end) or [DRAWN]
-    return Slice(tokens, chunk.start, sequence.pages, draws, sequence.slot)
-
-
-def _whole_blocks(chunk: Chunk, block: int) -> tuple[int, int]:
-    """The blocks [first, end) that the chunk completes; a prompt's partial last one counts."""
-    return chunk.start // block, -(-chunk.end // block) if chunk.is_last else chunk.end // block
-
-
-def _layers_done(chunks: list[Chunk], block: int) -> LayersDone | None:
-    sinks = [(c.sequence.sink, *_whole_blocks(c, block)) for c in chunks if c.sequence.sink]
-    if not sinks:
-        return None
-
-    def notify(first_layer: int, end_layer: int) -> None:
-        for sink, first_block, end_block in sinks:
-            sink.layers_done(first_block, end_block, first_layer, end_layer)
-
-    return notify

@@ -25,6 +25,7 @@ LoadFormat: TypeAlias = Literal["auto", "dummy"]
 KvChoice: TypeAlias = Literal["auto", "fp8", "int8"]
 
 CPU_POOL_BYTES: Final = 1 << 30
+GPU_MEMORY_UTILIZATION: Final = 0.9
 
 _T = TypeVar("_T")
 
@@ -39,7 +40,7 @@ class EngineConfig:
     model's own type. `pool_bytes` is the size of the KV pool of each of `tensor_parallel_size`
     ranks, 0 for 1 GiB on a CPU and, on a GPU, what is left of `gpu_memory_utilization` of its
     memory. `threads` compute in each rank; 0 leaves the choice to torch. `max_batch` is the most
-    sequences of a step.
+    sequences of a step, `max_step_tokens` the most tokens.
     In deterministic mode a sequence's tokens and log-probabilities are the same bits in any
     batch, chunking, worker and after any interruption, at some cost in speed.
     """
@@ -52,10 +53,11 @@ class EngineConfig:
     quantization: Quantization = "none"
     kv_dtype: KvChoice = "auto"
     pool_bytes: int = 0
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     block_tokens: int = 16
     max_context_tokens: int = 0
     max_batch: int = 64
+    max_step_tokens: int = 512
     deterministic: bool = False
     tensor_parallel_size: int = 1
     threads: int = 0

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from splitserve.engine.protocol import DrawnToken, EngineSpec
 from splitserve.engine.sequence import PageLoad, Sequence, SequenceOutput, State
+from splitserve.errors import ConfigError
 from splitserve.kv.keys import chain_keys, child_key, root_key
 from splitserve.kv.pool import PagePool, PoolFull
 
@@ -44,17 +45,23 @@ class Chunk:
         return cls(sequence, start, count, start + count == sequence.num_tokens)
 
 
+def check_step(max_batch: int, max_step_tokens: int, block_tokens: int) -> None:
+    """Raises `ConfigError` for sizes with which prompts could starve."""
+    least = max_batch + block_tokens
+    if max_step_tokens < least:
+        raise ConfigError(
+            f"max_step_tokens {max_step_tokens} must be at least max_batch {max_batch} "
+            f"+ block_tokens {block_tokens} = {least}"
+        )
+
+
 class Scheduler:
     """Queues, pages and the plan of each step. Used from one thread."""
 
     def __init__(
         self, spec: EngineSpec, pool: PagePool, *, max_batch: int, max_step_tokens: int
     ) -> None:
-        if max_step_tokens < max_batch + spec.block_tokens:
-            raise ValueError(
-                f"max_step_tokens {max_step_tokens} must be at least max_batch {max_batch} "
-                f"+ block_tokens {spec.block_tokens}, or prompts could starve"
-            )
+        check_step(max_batch, max_step_tokens, spec.block_tokens)
         self._spec = spec
         self._pool = pool
         self._max_batch = max_batch
@@ -97,7 +104,10 @@ class Scheduler:
         """Whether the next plan may take pages from a sequence. No step may be in flight then:
         whose pages are taken must not be at work.
         """
-        return self._pool.num_free < len(self.running)
+        free = self._pool.num_free
+        if free >= len(self.running):
+            return False
+        return free < sum(len(s.pages) < self.pages_for(s.num_tokens) for s in self.running)
 
     def plan(self) -> list[Chunk]:
         """Choose this step's chunks; every one has its pages."""

@@ -54,8 +54,9 @@ class KvSource(Protocol):
 
 
 class KvSink(Protocol):
-    """Where a prefilled sequence's KV goes. All methods are called on the engine's thread and
-    must not wait.
+    """Where a prefilled sequence's KV goes. All methods must not wait. They are called on the
+    engine's thread, but for `layers_done`: it may be called on another, and as late as after
+    `blocks_done` of the same blocks and after `release`.
 
     After `begin` the pages stay as they are, also when the sequence is aborted, until
     `EngineCore.release(sequence_id)` is called, which must be called once in every case.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from splitserve.engine.attention import Attention
 from splitserve.engine.batch import StepBatch, build_batch
+from splitserve.engine.layer_groups import reporting
 from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.engine.sampler import Sampler
@@ -96,25 +97,5 @@ class TorchEngine:
             self._memory.write(layer, batch.kv_rows, keys, values)
             return self._attention(layer, queries, batch)
 
-        if not layers_done:
-            return self._model.hidden(batch.token_ids, batch.positions, attend)
-        report = self._report_groups(layers_done)
-        if self._group.size == 1:
-            return self._model.hidden(batch.token_ids, batch.positions, attend, report)
-        # This rank having stored a layer says nothing of the others. Once it has stored the one
-        # after it, it has their sums of that layer, which they gave after they had stored it.
-        hidden = self._model.hidden(
-            batch.token_ids, batch.positions, attend, lambda layer: report(layer - 1)
-        )
-        report(self.spec.num_layers - 1)
-        return hidden
-
-    def _report_groups(self, layers_done: LayersDone) -> Callable[[int], None]:
-        group, total = self.spec.layer_group, self.spec.num_layers
-
-        def report(layer: int) -> None:
-            end = layer + 1
-            if end and (end % group == 0 or end == total):
-                layers_done((end - 1) // group * group, end)
-
-        return report
+        with reporting(self.spec, layers_done, shared=self._group.size > 1) as layer_done:
+            return self._model.hidden(batch.token_ids, batch.positions, attend, layer_done)

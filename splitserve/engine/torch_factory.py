@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from splitserve.errors import ConfigError
 from splitserve.kv.page_shape import KvDtype, PageShape
 from splitserve.models.backend import Backend, TorchBackend
 from splitserve.models.config import ModelConfig
-from splitserve.models.decoder import Block
+from splitserve.models.decoder import Block, Decoder
 from splitserve.models.layers.embedding import Embedding
 from splitserve.models.linear import choose_products
 from splitserve.models.load import Loader
@@ -33,8 +33,12 @@ if TYPE_CHECKING:
 
 ModelEngine: TypeAlias = "TorchEngine | CudaEngine"
 
-_LAYER_GROUPS = 2
+_LAYER_GROUPS: Final = {"cpu": 2, "cuda": 8}
+"""How many groups of layers a prompt is handed over in: a GPU has copied the last of many sooner,
+and on a CPU each costs the compute its turn.
+"""
 _MOST_HEAD_DIM = 256
+_PLAIN_STEP_BYTES: Final = 2 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES: Mapping[torch.dtype, KvDtype] = {
     torch.float32: "float32",
@@ -48,6 +52,8 @@ def open_torch_engine(
 ) -> ModelEngine:
     """See `factory.open_engine`. `group` has the ranks that share the model."""
     device, dtype = parse_device(config.device), parse_dtype(config.dtype)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # where this thread's kernels go
     checkpoint = _open_weights(config, device)
     shape = checkpoint.config
     group = group or SingleGroup()
@@ -61,7 +67,7 @@ def open_torch_engine(
     ) as bar:
         model = loader.load(served_context(config, shape), [*observers, _Progress(bar)])
     page = replace(page_shape(config, shape), num_kv_heads=loader.num_kv_heads)
-    num_pages = _num_pages(config, page.page_bytes, group, device)
+    num_pages = _num_pages(config, model, page, group, device)
     spec = _spec(config, shape, checkpoint.identity(), group.size, num_pages)
     memory = open_page_memory(page, num_pages, dtype, device)
     if on_kernels:
@@ -98,21 +104,40 @@ def _triton_backend() -> Backend:
     return TritonBackend()
 
 
-def _num_pages(config: EngineConfig, page_bytes: int, group: Group, device: torch.device) -> int:
+def _num_pages(
+    config: EngineConfig, model: Decoder, page: PageShape, group: Group, device: torch.device
+) -> int:
     """Pages of the pool: as many on all ranks. Raises `ConfigError` if not one fits."""
     if config.pool_bytes:
-        return pages_in(config.pool_bytes, page_bytes)
+        return pages_in(config.pool_bytes, page.page_bytes)
+    beside = _bytes_beside(config, model, page)
     # What loading has left behind in the allocator is free.
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    room = free - int((1 - config.gpu_memory_utilization) * total)
-    if room < page_bytes:
+    mine = int(config.gpu_memory_utilization * total)
+    weights = torch.cuda.memory_reserved(device)
+    room = min(mine - weights - beside, free - beside)
+    pages = torch.tensor([[float(max(0, room // page.page_bytes))]], device=device)
+    if group.size > 1:
+        pages = group.all_gather_columns(pages).min()
+    if pages < 1:
         raise ConfigError(
-            f"the weights leave {free >> 20} MiB of the GPU's {total >> 20} free, and "
-            f"gpu_memory_utilization {config.gpu_memory_utilization} no room for the KV pool"
+            f"no room for the KV pool: the GPU has {total >> 20} MiB, {free >> 20} of them free; "
+            f"of gpu_memory_utilization {config.gpu_memory_utilization}, weights take "
+            f"{weights >> 20} and a step of {config.max_step_tokens} tokens {beside >> 20} MiB"
         )
-    pages = torch.tensor([[float(room // page_bytes)]], device=device)
-    return int(group.all_gather_columns(pages).min()) if group.size > 1 else int(pages)
+    return int(pages)
+
+
+def _bytes_beside(config: EngineConfig, model: Decoder, page: PageShape) -> int:
+    """What steps take of a GPU beside weights and pool."""
+    if config.deterministic or not _have_kernels(model.config):
+        return _PLAIN_STEP_BYTES
+    from splitserve.engine.cuda.opening import step_bytes
+
+    return step_bytes(
+        model, page, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens
+    )
 
 
 class _Progress:
@@ -148,7 +173,7 @@ def _spec(
         max_context_tokens=context,
         eos_token_ids=shape.eos_token_ids,
         num_layers=shape.num_layers,
-        layer_group=-(-shape.num_layers // _LAYER_GROUPS),
+        layer_group=-(-shape.num_layers // _LAYER_GROUPS.get(parse_device(config.device).type, 2)),
         block_tokens=config.block_tokens,
         block_bytes=page.page_bytes,
         num_pages=num_pages,
@@ -178,6 +203,8 @@ def parse_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is not a torch device") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: torch sees no GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: torch sees {torch.cuda.device_count()} GPUs here")
     return device
 
 

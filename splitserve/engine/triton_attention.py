@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from splitserve_kernels.paged_decode import DecodePlan, paged_decode, plan_decode
-from splitserve_kernels.paged_kv import MAX_HEAD_DIM
 from splitserve_kernels.paged_prefill import paged_prefill
 from splitserve_kernels.rotary import rotate_and_store, rotate_and_store_codes
 from torch import Tensor
@@ -20,8 +19,6 @@ from torch import Tensor
 from splitserve.engine.page_memory import PagedKv
 from splitserve.models.layers.rotary import Rotation
 from splitserve.models.layers.self_attention import Attend, AttentionRules
-
-__all__ = ["MAX_HEAD_DIM", "Chunks", "Decoding", "StepRows", "TritonAttention"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class Chunks:
     """(chunks + 1,) int64: chunk c has rows [row_starts[c], row_starts[c + 1])."""
     lengths: Tensor
     """(chunks,) int64: tokens to attend to, the new ones included."""
-    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,6 @@ def _prefill(
         chunks.row_starts,
         chunks.lengths,
         out,
-        max_queries=chunks.num_rows,
         new_keys=keys if plain else None,
         new_values=values if plain else None,
         **_options(kv, rules),

@@ -6,8 +6,10 @@ import contextlib
 import itertools
 import socket
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 
+from splitserve.engine.factory import GPU_MEMORY_UTILIZATION
 from splitserve.engine.threads import share_of_cores
 from splitserve.errors import ConfigError
 from splitserve.model_name import default_model_name
@@ -103,7 +105,7 @@ def plan(config: SuiteConfig) -> list[ServicePlan]:
     # its steps are not held up by a prompt that is computed beside it.
     threads = max(1, share_of_cores() // config.tensor_parallel_size)
     decode = (*worker, "--threads", str(threads))
-    on = itertools.cycle([("--device", device) for device in config.devices] or [()])
+    on = itertools.cycle(_devices(config))
     targets = ("--prefill", ",".join(prefills) or "none", "--decode", ",".join(decodes))
     return [
         _service(config, "kvstore", 0, kvstore, ()),
@@ -114,6 +116,21 @@ def plan(config: SuiteConfig) -> list[ServicePlan]:
         *(_service(config, "decode", i, at, (*decode, *next(on))) for i, at in enumerate(decodes)),
         _service(config, "router", 0, router, (*targets, *_router_flags(config))),
     ]
+
+
+def _devices(config: SuiteConfig) -> list[tuple[str, ...]]:
+    """Flags of the workers in turn. Those that share a GPU share its memory."""
+    if not config.devices:
+        return [()]
+    workers = config.num_prefill + config.num_decode
+    taken = Counter(itertools.islice(itertools.cycle(config.devices), workers))
+    flags = list[tuple[str, ...]]()
+    for device in config.devices:
+        own: tuple[str, ...] = ("--device", device)
+        if device != "cpu" and taken[device] > 1:
+            own += ("--gpu-memory-utilization", f"{GPU_MEMORY_UTILIZATION / taken[device]:.3f}")
+        flags.append(own)
+    return flags
 
 
 def free_ports(count: int) -> list[int]:

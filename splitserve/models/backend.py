@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from splitserve.models.config import ExpertsConfig, MlpConfig, NormConfig
 from splitserve.models.layers.activation import make_activation
 from splitserve.models.layers.mlp import Experts, Mlp
 from splitserve.models.layers.norm import Norm, make_norm
+from splitserve.models.layers.rotary import Rotary
 from splitserve.models.linear import Linear
+from splitserve.models.rope import RopeConfig
 
 
 class Backend(Protocol):
@@ -35,6 +38,12 @@ class Backend(Protocol):
 
         `readers` are all the products that its result goes to, where they are known.
         """
+        ...
+
+    def rotary(
+        self, config: RopeConfig, context: int, dtype: torch.dtype, device: torch.device
+    ) -> Rotary:
+        """A rope, to serve up to `context` tokens."""
         ...
 
     def mlp(self, gate_up: Linear, down: Linear, config: MlpConfig) -> Mlp:
@@ -60,6 +69,12 @@ class TorchBackend:
     ) -> Norm:
         """See `Backend`."""
         return make_norm(config, weight, bias)
+
+    def rotary(
+        self, config: RopeConfig, context: int, dtype: torch.dtype, device: torch.device
+    ) -> Rotary:
+        """See `Backend`."""
+        return Rotary(config, context, dtype, device)
 
     def mlp(self, gate_up: Linear, down: Linear, config: MlpConfig) -> Mlp:
         """See `Backend`."""

@@ -266,7 +266,8 @@ class Loader:
 
     def _rotary(self, rope: RopeConfig, context: int) -> Rotary:
         if rope not in self._rotaries:
-            self._rotaries[rope] = Rotary(rope, context, self._dtype, self._device)
+            make = self._backend.rotary
+            self._rotaries[rope] = make(rope, context, self._dtype, self._device)
         return self._rotaries[rope]
 
 

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast, get_args
 
+import torch
 from splitserve_kernels.activation import activate, activate_fp8
 from splitserve_kernels.norm import add_norm, add_norm_fp8, heads_norm
+from splitserve_kernels.rotary import rotation
 from splitserve_kernels.small_multiply import Activation as GateActivation
 from torch import Tensor
 
 from splitserve.models.config import ExpertsConfig, MlpConfig, NormConfig
 from splitserve.models.layers.mlp import Experts, Mlp
 from splitserve.models.layers.norm import Norm
+from splitserve.models.layers.rotary import Rotary, Rotation
 from splitserve.models.linear import Linear
+from splitserve.models.rope import RopeConfig
 from splitserve.models.triton_experts import TritonExperts
 from splitserve.models.triton_linear import TritonLinear
 from splitserve.quant.fp8_linear import Fp8Linear
@@ -40,6 +44,12 @@ class TritonBackend:
         codes = bool(readers) and all(_takes_codes(reader) for reader in readers)
         return TritonNorm(config, weight, bias, codes=codes)
 
+    def rotary(
+        self, config: RopeConfig, context: int, dtype: torch.dtype, device: torch.device
+    ) -> Rotary:
+        """See `Backend`."""
+        return TritonRotary(config, context, dtype, device)
+
     def mlp(self, gate_up: Linear, down: Linear, config: MlpConfig) -> Mlp:
         """See `Backend`."""
         options: dict[str, Any] = {
@@ -57,6 +67,17 @@ class TritonBackend:
         """See `Backend`."""
         kind = TritonExperts if TritonExperts.takes(experts) else Experts
         return kind(config, router, experts)
+
+
+class TritonRotary(Rotary):
+    """One that makes cosines and sines in one launch."""
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """See `Rotary.rotation`."""
+        cos, sin = rotation(
+            positions, self._inverse, self._factor, self._dtype, interleaved=self._interleaved
+        )
+        return Rotation(cos, sin, self._interleaved)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splitserve_kernels.small_linear import choose, small_gated_linear, small_linear
 from splitserve_kernels.small_multiply import Activation
-from splitserve_kernels.small_tiles import TilePlan, num_processors
+from splitserve_kernels.small_tiles import MAX_ROWS, TilePlan, num_processors
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,6 +34,8 @@ class TritonLinear:
         return small_gated_linear(x, self.weight, activation, plan=plan)
 
     def _plan(self, rows: int, *, gated: bool) -> TilePlan | None:
+        if rows > MAX_ROWS:
+            return None
         key = (rows, gated)
         if key not in self._plans:
             (out, width), dtype = self.weight.shape, self.weight.dtype

@@ -80,6 +80,8 @@ class _Report:
         try:
             self._layers_done(first_layer, end_layer)
         except Exception as error:
+            # From a thread that waits for a GPU it may come when the step has been left.
+            _log.error("layers could not be reported", exc_info=error)
             self._fault = error
 
     def raise_fault(self) -> None:

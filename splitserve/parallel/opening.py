@@ -24,7 +24,7 @@ from splitserve.parallel.group import Group
 from splitserve.parallel.leader import Leader
 from splitserve.parallel.page_slices import PageSlices
 from splitserve.parallel.rendezvous import LOOPBACK, ParallelConfig
-from splitserve.weights.checkpoint import open_checkpoint
+from splitserve.weights.checkpoint import open_checkpoint, read_config
 
 
 def open_group_engine(
@@ -34,10 +34,10 @@ def open_group_engine(
 
     Raises `ConfigError` or `CheckpointError`, its own or another rank's.
     """
-    checkpoint = open_checkpoint(config.model)
-    check_weights(checkpoint, parallel.size)
+    if config.load_format == "auto":
+        check_weights(open_checkpoint(config.model), parallel.size)
     own_config = _of_rank(config, parallel)
-    slices = PageSlices(page_shape(config, checkpoint.config), parallel.size)
+    slices = PageSlices(page_shape(config, read_config(config.model)), parallel.size)
     ending = Ending()
     leader = Leader(parallel, ending)
     try:

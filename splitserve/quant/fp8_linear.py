@@ -10,7 +10,7 @@ from splitserve_kernels.small_linear_fp8 import (
     small_linear_fp8,
 )
 from splitserve_kernels.small_multiply import Activation
-from splitserve_kernels.small_tiles import TilePlan, num_processors
+from splitserve_kernels.small_tiles import MAX_ROWS, TilePlan, num_processors
 from torch import Tensor
 
 from splitserve.quant.linear_protocol import CodedRows
@@ -95,6 +95,8 @@ class Fp8Linear:
         return out.to(self._dtype)
 
     def _plan(self, rows: int, *, gated: bool) -> TilePlan | None:
+        if rows > MAX_ROWS:
+            return None
         key = (rows, gated)
         if key not in self._plans:
             processors = num_processors(self._codes.device)

@@ -42,8 +42,8 @@ class IntLinear:
             return False
         if matrix.kind == "int8":
             return matrix.zeros is None and group % _LEAST_GROUP == 0
-        whole = matrix.zeros is None or bool((matrix.zeros == matrix.zeros.round()).all())
-        return matrix.kind == "int4" and group in GROUPS and columns % (2 * group) == 0 and whole
+        fits = columns % (2 * group) == 0 and _are_small(matrix)
+        return matrix.kind == "int4" and group in GROUPS and fits
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
@@ -60,3 +60,12 @@ class IntLinear:
     def _rows(self, start: int, end: int) -> PackedCodes:
         weight = self._weight
         return replace(weight, codes=weight.codes[start:end], steps=weight.steps[:, start:end])
+
+
+def _are_small(matrix: QuantizedMatrix) -> bool:
+    """Whether the zeros are whole numbers that fit the kernel's 7 bits once codes are above 0."""
+    zeros = matrix.zeros
+    if zeros is None:
+        return True
+    lift = 8 if bool((matrix.codes < 0).any()) else 0
+    return bool(((zeros == zeros.round()) & (zeros >= -lift) & (zeros + lift < 128)).all())

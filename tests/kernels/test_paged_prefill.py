@@ -28,12 +28,13 @@ RULES = [
 ]
 
 
-def chunk_rows(case: PagedCase, pool: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
-    """What the pool has of the chunks, row by row, NaN in rows of nobody before them."""
+def chunk_rows(
+    case: PagedCase, pool: Tensor, chunks: list[tuple[int, int]], first: int = 2
+) -> Tensor:
+    """What the pool has of the chunks, row by row from `first` on, NaN in rows of nobody."""
     block = pool.shape[1]
     rows = torch.full((case.queries.shape[0], *pool.shape[2:]), float("nan"), dtype=pool.dtype)
-    rows[-1] = 1e4
-    at = 2
+    at = first
     for table, (past, count) in zip(case.page_table, chunks, strict=True):
         tokens = torch.arange(past, past + count)
         rows[at : at + count] = pool[table[tokens // block].long(), tokens % block]
@@ -73,7 +74,7 @@ def check(
         new["new_keys"] = chunk_rows(case, case.keys, chunks)
         new["new_values"] = chunk_rows(case, case.values, chunks)
     out = case.poisoned_out
-    paged_prefill(*fixed, out, max_queries=max(counts), **new, **rules)
+    paged_prefill(*fixed, out, **new, **rules)
     exact = paged_prefill_reference(*fixed, **rules)
     assert worst_error(out[2:-1], exact[2:-1]) <= TOLERANCE[dtype]
     assert out[[0, 1, -1]].isnan().all()
@@ -148,4 +149,23 @@ def test_what_cannot_be_computed_is_refused() -> None:
     keys, values = case.keys[..., :32], case.values[..., :32]
     fixed = (case.queries, keys, values, case.page_table, torch.tensor([0, 5]), case.lengths)
     with pytest.raises(ValueError, match="do not go together"):
-        paged_prefill(*fixed, case.poisoned_out, max_queries=5)
+        paged_prefill(*fixed, case.poisoned_out)
+
+
+def test_what_is_not_a_number_in_one_sequence_is_its_own() -> None:
+    chunks = [(0, 33), (7, 20), (0, 70)]
+    counts = [count for _, count in chunks]
+    shape = {"rows": sum(counts), "kv_heads": 1, "group": 2, "head_dim": 64}
+    case = make_case([sum(chunk) for chunk in chunks], dtype=torch.float16, seed=5, **shape)
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    fixed = (*case.fixed[:4], starts, case.lengths)
+    new_keys, new_values = (
+        chunk_rows(case, pool, chunks, first=0) for pool in (case.keys, case.values)
+    )
+    new_values[counts[0] : counts[0] + counts[1]] = torch.nan
+    out = case.poisoned_out
+    paged_prefill(*fixed, out, new_keys=new_keys, new_values=new_values)
+    exact = paged_prefill_reference(*fixed)
+    for first, end in ((0, counts[0]), (sum(counts[:2]), sum(counts))):
+        assert worst_error(out[first:end], exact[first:end]) <= TOLERANCE[torch.float16]
+    assert not out[counts[0] : sum(counts[:2])].isfinite().all()

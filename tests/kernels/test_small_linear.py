@@ -9,12 +9,11 @@ from splitserve_kernels.small_linear import (
     small_gated_linear_reference,
     small_linear,
     small_linear_reference,
-    takes,
 )
 from splitserve_kernels.small_linear_fp8 import (
+    choose_fp8,
     small_linear_fp8,
     small_linear_fp8_reference,
-    takes_fp8,
 )
 from splitserve_kernels.small_multiply import Activation, multiply
 from splitserve_kernels.small_tiles import MAX_ROWS, TOLERANCE, TilePlan, counters, fill
@@ -99,8 +98,8 @@ def test_fp8_refuses_what_cannot_be_computed() -> None:
 
 
 def test_what_is_chosen_for_fp8() -> None:
-    assert takes_fp8(1, 28672, 4096, gated=True)
-    assert not takes_fp8(65, 28672, 4096)
+    assert choose_fp8(1, 28672, 4096, gated=True, num_processors=132)
+    assert choose_fp8(65, 28672, 4096, num_processors=132) is None
 
 
 def test_views_and_a_residual() -> None:
@@ -135,11 +134,11 @@ def test_splits_fill_the_device(tiles: int, most: int, least: float, splits: int
 
 
 def test_what_is_chosen() -> None:
-    assert takes(1, 28672, 4096, torch.bfloat16, gated=True)
-    assert takes(16, 4096, 4096, torch.float16)
-    assert not takes(64, 4096, 4096, torch.bfloat16)
-    assert not takes(65, 28672, 4096, torch.bfloat16)
-    assert not takes(1, 28672, 4096, torch.float32)
+    assert choose(1, 28672, 4096, torch.bfloat16, gated=True, num_processors=132)
+    assert choose(16, 4096, 4096, torch.float16, num_processors=132)
+    assert choose(64, 4096, 4096, torch.bfloat16, num_processors=132) is None
+    assert choose(65, 28672, 4096, torch.bfloat16, num_processors=132) is None
+    assert choose(1, 28672, 4096, torch.float32, num_processors=132) is None
     assert choose(1, 100, 100, torch.bfloat16, num_processors=132) is None
 
 

@@ -24,6 +24,7 @@ from splitserve.engine.cuda.slots import SlotTable
 from splitserve.engine.cuda.staging import Staging
 from splitserve.engine.protocol import Draw, DrawnToken, Logprob, Slice
 from splitserve.engine.sampler import forbidden, is_plain_greedy, uniform
+from splitserve.sampling import SamplingParams
 
 _NUMBERS = 8
 """Of each draw: what `_numbers` gives."""
@@ -80,6 +81,21 @@ class Drawing:
         self._eos = eos_token_ids
         self._slots = slots
         self._staging = staging
+
+    def warm_up(self, logits: Tensor) -> None:
+        """Compile every kind of draw on one row of logits."""
+        everything = SamplingParams(
+            top_k=2,
+            top_p=0.9,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            presence_penalty=0.1,
+            min_tokens=1,
+            stop_token_ids=(0,),
+            logprobs=1,
+        )
+        draw = Draw(everything, 0, 0, (0,), ())
+        self._sample([draw], logits, torch.full((1,), -1, device=logits.device))
 
     def draw(self, slices: Sequence[Slice], rows: Mapping[int, int], logits: Tensor) -> Drawn:
         """Tokens of all slices, whose slots' rows of the logits are given. The slots have their

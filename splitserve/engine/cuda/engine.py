@@ -16,8 +16,10 @@ A step's life:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,16 +28,21 @@ from splitserve.engine.cuda.drawing import Drawing, Drawn
 from splitserve.engine.cuda.forward import Forward
 from splitserve.engine.cuda.graphs import StepGraphs
 from splitserve.engine.cuda.layers import LayerReports
-from splitserve.engine.cuda.layout import StepPlan, StepShape
+from splitserve.engine.cuda.layout import StepPlan, StepShape, placed_by_order
 from splitserve.engine.cuda.slots import SlotTable
 from splitserve.engine.cuda.staging import Staging
+from splitserve.engine.device_pages import DevicePages
+from splitserve.engine.layer_groups import reporting
 from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.engine.triton_attention import TritonAttention
+from splitserve.kv.pages import PeerPool
 from splitserve.models.decoder import Decoder
 from splitserve.parallel.group import Group
 
 _WARM_UP_ROWS = 2048
+_WARM_UP_SLOTS = (1, 9, 17, 33, 65)
+"""Where products of few rows change their plans."""
 
 
 class CudaEngine:
@@ -66,7 +73,7 @@ class CudaEngine:
         self._graphs = StepGraphs(self._forward, self._stream, nobody=self._slots.nobody)
         self._staging = Staging(device)
         self._drawing = Drawing(spec.eos_token_ids, self._slots, self._staging)
-        self._reports = LayerReports(spec, shared=group.size > 1)
+        self._reports = LayerReports()
         torch.cuda.synchronize(device)  # what was loaded and zeroed on other streams is there
 
     @torch.inference_mode()
@@ -76,10 +83,15 @@ class CudaEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile what steps without a graph need beside, on a step of nobody's."""
-        shape = StepShape(0, _WARM_UP_ROWS, 1)
-        with torch.cuda.stream(self._stream):
-            self._forward(shape, self._send(StepPlan([], []), shape), padded=True)
+        """Compile what steps without a graph need, and every kind of draw, on steps of nobody's."""
+        shapes = [StepShape(0, _WARM_UP_ROWS, 1)]
+        if not self._graphs.is_recorded:
+            shapes += [StepShape(s) for s in _WARM_UP_SLOTS if s <= self._slots.num_slots]
+        with self._launching():
+            for shape in shapes:
+                numbers = self._send(StepPlan([], []), shape)
+                logits = self._forward(shape, numbers, padded=True)
+            self._drawing.warm_up(logits[:1])
         self._stream.synchronize()
 
     def step(
@@ -91,8 +103,9 @@ class CudaEngine:
     @torch.inference_mode()
     def launch(self, slices: Sequence[Slice], layers_done: LayersDone | None = None) -> Drawn:
         """See `AsyncEngine.launch`."""
-        slices = _placed(slices)
-        with torch.cuda.stream(self._stream):
+        if any(part.slot < 0 for part in slices):
+            slices = placed_by_order(slices)
+        with self._launching():
             plan, shape, logits = self._compute(slices, layers_done)
             return self._drawing.draw(slices, plan.logit_rows(shape), logits)
 
@@ -100,9 +113,12 @@ class CudaEngine:
     def compute(
         self, slices: Sequence[Slice], layers_done: LayersDone | None = None
     ) -> Tensor | None:
-        """See `RankEngine.compute`. A row of logits for each draw."""
-        slices = _placed(slices)
-        with torch.cuda.stream(self._stream):
+        """See `RankEngine.compute`. A row of logits for each draw.
+
+        Every rank must lay the step out alike, and only rank 0 knows the batch's slots.
+        """
+        slices = placed_by_order(slices)
+        with self._launching():
             plan, shape, logits = self._compute(slices, layers_done)
             rows = plan.logit_rows(shape)
             drawn = [rows[part.slot] for part in slices for _ in part.draws]
@@ -139,11 +155,69 @@ class CudaEngine:
         with torch.cuda.stream(self._copies):
             self._memory.insert(page, content)
 
+    @cached_property
+    def _pages(self) -> DevicePages:
+        return DevicePages(self._memory.storage, self.spec.layer_bytes, self._copies)
+
+    def export_pages(
+        self, pages: Sequence[int], first_layer: int, end_layer: int, outs: Sequence[memoryview]
+    ) -> None:
+        """See `PageAccess.export_pages`."""
+        self._pages.export_pages(pages, first_layer, end_layer, outs)
+
+    def insert_pages(self, pages: Sequence[int], contents: Sequence[memoryview]) -> None:
+        """See `PageAccess.insert_pages`."""
+        self._pages.insert_pages(pages, contents)
+
+    def pin(self, memory: memoryview) -> Callable[[], None]:
+        """See `PageAccess.pin`."""
+        return self._pages.pin(memory)
+
+    @property
+    def pool_domain(self) -> str:
+        """See `SharesPages.pool_domain`."""
+        return self._pages.pool_domain
+
+    def pages_handle(self) -> bytes:
+        """See `SharesPages.pages_handle`."""
+        return self._pages.pages_handle()
+
+    def open_peer(self, handle: bytes) -> PeerPool:
+        """See `SharesPages.open_peer`."""
+        return self._pages.open_peer(handle)
+
+    def copy_from_peer(
+        self,
+        peer: PeerPool,
+        pages: Sequence[int],
+        own_pages: Sequence[int],
+        first_layer: int,
+        end_layer: int,
+    ) -> None:
+        """See `SharesPages.copy_from_peer`."""
+        self._pages.copy_from_peer(peer, pages, own_pages, first_layer, end_layer)
+
+    def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
+        """See `SharesPages.digest_pages`."""
+        return self._pages.digest_pages(pages)
+
     def close(self) -> None:
         """See `Engine.close`."""
         self._stream.synchronize()
         self._reports.close()
         self._group.close()
+
+    @contextmanager
+    def _launching(self) -> Iterator[None]:
+        """On the engine's stream. What has been launched when something fails has run to its end
+        before the failure is told: whoever hears of it gives the step's pages away.
+        """
+        with torch.cuda.stream(self._stream):
+            try:
+                yield
+            except BaseException:
+                self._stream.synchronize()
+                raise
 
     def _compute(
         self, slices: Sequence[Slice], layers_done: LayersDone | None
@@ -155,7 +229,8 @@ class CudaEngine:
             self._send(plan, shape, self._graphs.numbers(shape))
             return plan, shape, self._graphs.replay(shape)
         shape = plan.shape
-        with self._reports.of_step(layers_done) as layer_done:
+        told, shared = self._reports.when_computed(layers_done), self._group.size > 1
+        with reporting(self.spec, told, shared=shared) as layer_done:
             return plan, shape, self._forward(shape, self._send(plan, shape), layer_done)
 
     def _send(self, plan: StepPlan, shape: StepShape, out: Tensor | None = None) -> Tensor:
@@ -167,10 +242,3 @@ class CudaEngine:
         return self._staging.send(
             shape.size, lambda numbers: plan.lay_out(shape, numbers, nobody=nobody), out
         )
-
-
-def _placed(slices: Sequence[Slice]) -> Sequence[Slice]:
-    """Slices of a step that stands alone have the slots of their order."""
-    if all(part.slot >= 0 for part in slices):
-        return slices
-    return [replace(part, slot=index) for index, part in enumerate(slices)]

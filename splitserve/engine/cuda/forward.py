@@ -76,9 +76,7 @@ class Forward:
         rows = StepRows(
             kv_rows=torch.where(positions < 0, -1, pages * block + places % block),
             decoding=self._decoding(positions[: shape.slots]) if shape.slots else None,
-            chunks=Chunks(slots.pages[chunk_slots], starts, lengths, shape.rows)
-            if shape.chunks
-            else None,
+            chunks=Chunks(slots.pages[chunk_slots], starts, lengths) if shape.chunks else None,
             padded=padded,
         )
         return self.model.hidden(tokens, places, self._attention.over(rows), layer_done)

@@ -39,7 +39,7 @@ class StepGraphs:
         most = max((shape.slots + shape.chunks for shape in shapes), default=0)
         for shape in sorted(shapes, key=lambda each: each.total_rows, reverse=True):
             with torch.cuda.stream(self._stream):
-                numbers = self._numbers_of_nobody(shape)
+                numbers = numbers_of_nobody(shape, self._nobody).to(self._stream.device)
                 # Kernels are compiled and libraries set up outside of the recording.
                 out = self._forward(shape, numbers, padded=shape.rows > 0)
                 if logits is None:
@@ -47,6 +47,11 @@ class StepGraphs:
                 self._graphs[shape] = self._record(shape, numbers, logits[: len(out)])
             progress()
         self._shapes = sorted(self._graphs, key=lambda each: each.total_rows)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is any graph."""
+        return bool(self._graphs)
 
     def fitting(self, shape: StepShape) -> StepShape | None:
         """The least recorded shape that holds a step."""
@@ -72,8 +77,9 @@ class StepGraphs:
             graph.capture_end()
         return _Recorded(graph, numbers, logits)
 
-    def _numbers_of_nobody(self, shape: StepShape) -> Tensor:
-        """Of a step that reads and stores nothing."""
-        host = torch.empty(shape.size, dtype=torch.int64)
-        StepPlan([], []).lay_out(shape, host.numpy(), nobody=self._nobody)
-        return host.to(self._stream.device)
+
+def numbers_of_nobody(shape: StepShape, nobody: int) -> Tensor:
+    """Of a step that reads and stores nothing, on the CPU; `nobody` is the slot of no sequence."""
+    numbers = torch.empty(shape.size, dtype=torch.int64)
+    StepPlan([], []).lay_out(shape, numbers.numpy(), nobody=nobody)
+    return numbers

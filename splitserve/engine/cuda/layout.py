@@ -8,7 +8,7 @@ and nothing moves when a neighbour ends. Never imports torch: this is the host's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -117,3 +117,8 @@ class StepPlan:
             slots[index] = part.slot
             row = end
         starts[len(self.chunks) :] = shape.slots + row
+
+
+def placed_by_order(slices: Sequence[Slice]) -> list[Slice]:
+    """Slices of a step that stands alone: slots are their places in it."""
+    return [replace(part, slot=index) for index, part in enumerate(slices)]

@@ -6,16 +6,24 @@ import torch
 from tqdm import tqdm
 
 from splitserve.engine.cuda.engine import CudaEngine
+from splitserve.engine.cuda.forward import Forward
+from splitserve.engine.cuda.graphs import numbers_of_nobody
 from splitserve.engine.cuda.layout import StepShape
-from splitserve.engine.page_memory import PageMemory
+from splitserve.engine.cuda.slots import SlotTable
+from splitserve.engine.page_memory import PageMemory, open_page_memory
 from splitserve.engine.protocol import EngineSpec
 from splitserve.engine.triton_attention import TritonAttention
+from splitserve.kv.page_shape import PageShape
 from splitserve.models.decoder import Decoder
 from splitserve.parallel.group import Group
 
 _MIXED_SLOTS = (8, 32, 64, 128, 192, 256)
 _MIXED_ROWS = (64, 128, 256, 384, 512, 768, 1024)
 _MIXED_CHUNKS = 16
+_GRAPHS_SHARE = 1.25
+_LOGITS_COPIES = 4
+_LIBRARIES_BYTES = 768 << 20
+"""The CUDA context, workspaces of libraries, compiled kernels."""
 
 
 def open_cuda_engine(
@@ -28,8 +36,7 @@ def open_cuda_engine(
     show_progress: bool = False,
 ) -> CudaEngine:
     """An engine for steps of up to `max_batch` sequences."""
-    processors = torch.cuda.get_device_properties(model.device).multi_processor_count
-    attention = TritonAttention(memory.layers(), model.rules, processors)
+    attention = _attention(memory, model)
     engine = CudaEngine(spec, model, memory, attention, group, max_batch=max_batch)
     shapes = graph_shapes(max_batch) if group.size == 1 else []
     shapes = [shape for shape in shapes if model.keeps_to_device(shape.total_rows)]
@@ -39,6 +46,31 @@ def open_cuda_engine(
         engine.record(shapes, bar.update)
     engine.warm_up()
     return engine
+
+
+@torch.inference_mode()
+def step_bytes(model: Decoder, page: PageShape, *, max_batch: int, max_step_tokens: int) -> int:
+    """What steps need of the GPU beside weights and pool: the largest one is run on a pool of one
+    page, and graphs, draws and libraries get a share.
+    """
+    device = model.device
+    memory = open_page_memory(page, 1, model.dtype, device)
+    slots = SlotTable(max_batch, 1, device)
+    forward = Forward(model, memory, _attention(memory, model), slots)
+    shape = StepShape(0, max_step_tokens, 1)
+    numbers = numbers_of_nobody(shape, slots.nobody).to(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    forward(shape, numbers, padded=True)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    logits = max_batch * model.config.vocab_size * torch.float32.itemsize
+    return int(_GRAPHS_SHARE * peak) + _LOGITS_COPIES * logits + _LIBRARIES_BYTES
+
+
+def _attention(memory: PageMemory, model: Decoder) -> TritonAttention:
+    processors = torch.cuda.get_device_properties(model.device).multi_processor_count
+    return TritonAttention(memory.layers(), model.rules, processors)
 
 
 def graph_shapes(max_batch: int) -> list[StepShape]:

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from splitserve.engine.protocol import Slice
 
+_LINE_PAGES = 64
+
 
 class SlotTable:
-    """Rows of pages and a token, one for each slot, and one more for nobody.
+    """Rows of pages and a token, one for each slot, and one more for nobody. Rows are padded to
+    whole cache lines.
 
     The host remembers how much of a sequence's pages it has sent, so that a step sends only what
     is new: a page for every `block_tokens`th token.
@@ -19,6 +22,7 @@ class SlotTable:
 
     def __init__(self, num_slots: int, max_pages: int, device: torch.device) -> None:
         self.num_slots = num_slots
+        max_pages = -(-max_pages // _LINE_PAGES) * _LINE_PAGES
         self.pages = torch.zeros((num_slots + 1, max_pages), dtype=torch.int32, device=device)
         self.tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         self.fed = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -33,13 +37,15 @@ class SlotTable:
 
     def news(self, slices: Sequence[Slice], block_tokens: int) -> tuple[list[int], list[int]]:
         """Places in the flattened `pages` and the page numbers that are due there, and books them
-        as sent.
+        as sent. Raises `ValueError` for a sequence that is longer than a row.
         """
         places: list[int] = []
         numbers: list[int] = []
         for part in slices:
             known, sent = self._sent[part.slot]
             needed = -(-(part.start + len(part.token_ids)) // block_tokens)
+            if needed > self._max_pages:
+                raise ValueError(f"{needed} pages are more than the context's {self._max_pages}")
             if known is not part.pages:
                 sent = 0
             if sent < needed:

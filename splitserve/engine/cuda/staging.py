@@ -11,8 +11,10 @@ from torch import Tensor
 from splitserve.engine.cuda.layout import Numbers
 
 _LEAST = 1 << 12
-_DEPTH = 3
-"""Copies that may be under way; one more waits for the oldest."""
+_DEPTH = 16
+"""Copies that may be under way; one more waits for the oldest. They follow the steps on their
+stream, and a step makes up to 7: with fewer than two steps' the host would wait for the device.
+"""
 
 
 class Staging:

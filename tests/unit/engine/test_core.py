@@ -12,7 +12,7 @@ from splitserve.engine.core import CoreConfig, EngineCore
 from splitserve.engine.fake import FakeEngine, expected_tokens
 from splitserve.engine.protocol import DrawnToken, LayersDone, Slice
 from splitserve.engine.sequence import PageLoad, Sequence
-from splitserve.errors import InvalidRequest, Overloaded, Unavailable
+from splitserve.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from splitserve.kv.keys import chain_keys, root_key
 from splitserve.sampling import FinishReason, SamplingParams
 
@@ -389,3 +389,8 @@ def test_stop_ends_every_sequence_with_an_error(make_bench: MakeBench) -> None:
     assert pool_is_free(bench)
     with pytest.raises(Unavailable):
         bench.submit("b", [1])
+
+
+def test_a_step_too_small_for_the_batch_and_a_block_is_refused(make_bench: MakeBench) -> None:
+    with pytest.raises(ConfigError, match=r"block_tokens 16 = 32"):
+        make_bench(max_batch=16, max_step_tokens=31)

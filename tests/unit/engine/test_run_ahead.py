@@ -21,11 +21,15 @@ class LateStep:
     """A step whose tokens are there, and were not read."""
 
     owner: LateEngine
-    written: dict[int, set[int]]
+    written: list[tuple[abc.Sequence[int], set[int]]]
+    """Of each slice, its pages and those of them that the step writes."""
     drawn: list[list[DrawnToken]]
+    fails: bool
 
     def tokens(self) -> list[list[DrawnToken]]:
         assert self.owner.in_flight.popleft() is self, "steps are read in their order"
+        if self.fails:
+            raise RuntimeError("device lost")
         return self.drawn
 
 
@@ -39,10 +43,16 @@ class LateEngine(FakeEngine):
         self.in_flight: deque[LateStep] = deque()
         self.most_in_flight = 0
         self.tokens: dict[int, int] = {}
+        self.launches = 0
+        self.fail_launch = 0
+        self.fail_tokens = 0
 
     def launch(
         self, slices: abc.Sequence[Slice], layers_done: LayersDone | None = None
     ) -> LateStep:
+        self.launches += 1
+        if self.launches == self.fail_launch:
+            raise RuntimeError("out of memory")
         assert len({part.slot for part in slices}) == len(slices)
         known = []
         for part in slices:
@@ -50,18 +60,19 @@ class LateEngine(FakeEngine):
             if part.token_ids[-1] == DRAWN:
                 part = replace(part, token_ids=[self.tokens[part.slot]])
             known.append(replace(part, pages=list(part.pages)))
-        written = {id(part.pages): self._pages_of(part) for part in slices}
+        written = [(part.pages, self._pages_of(part)) for part in slices]
         for flight in self.in_flight:
-            for owner, pages in flight.written.items():
-                for other, others in written.items():
-                    assert owner == other or not pages & others
+            for owner, pages in flight.written:
+                for other, others in written:
+                    assert owner is other or not pages & others
         drawn = self.step(known, layers_done)
         self.tokens.update(
             (part.slot, tokens[0].token_id)
             for part, tokens in zip(known, drawn, strict=True)
             if tokens
         )
-        self.in_flight.append(LateStep(self, written, drawn))
+        fails = self.launches == self.fail_tokens
+        self.in_flight.append(LateStep(self, written, drawn, fails))
         self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
         return self.in_flight[-1]
 
@@ -191,3 +202,99 @@ def test_stopping_reads_what_is_in_flight() -> None:
     assert not engine.in_flight
     assert heard[-1].error
     assert tokens_of(heard, "a") == expected_tokens([3, 5], 2)
+
+
+def test_a_step_that_cannot_be_launched_fails_its_own_sequences_alone() -> None:
+    heard: list[SequenceOutput] = []
+    engine = LateEngine(num_pages=16)
+    core = make_core(engine, heard)
+    engine.fail_launch = 3
+    core.submit(Sequence("a", [3, 5], SamplingParams(temperature=0, max_tokens=9), seed=0))
+    run(core)
+    # The step before had been launched, and its token is emitted.
+    assert tokens_of(heard, "a") == expected_tokens([3, 5], 2)[:1]
+    assert heard[-1].error
+    assert core.stats().free_pages == 16
+    core.submit(Sequence("a", [3, 5], SamplingParams(temperature=0, max_tokens=4), seed=0))
+    run(core)
+    assert tokens_of(heard, "a")[1:] == expected_tokens([3, 5], 4)
+
+
+def test_a_step_that_fails_forgets_who_had_ended_before() -> None:
+    """It ends by a stop token while the step that fails is on its way."""
+    expected = expected_tokens([3, 5], 3)
+    stop = SamplingParams(temperature=0, max_tokens=50, stop_token_ids=(expected[2],))
+    heard: list[SequenceOutput] = []
+    engine = LateEngine(num_pages=16)
+    core = make_core(engine, heard)
+    engine.fail_tokens = 4
+    core.submit(Sequence("a", [3, 5], stop, seed=0))
+    run(core)
+    assert heard[-1].finish_reason is FinishReason.STOP
+    assert core.stats().free_pages == 16
+    core.submit(Sequence("a", [3, 5], stop, seed=0))
+    run(core)
+    assert tokens_of(heard, "a") == expected * 2
+
+
+@dataclass
+class Sink:
+    """Notes what it is told; raises where it is told to."""
+
+    raises: bool = False
+    blocks: int = 0
+
+    def begin(
+        self, keys: abc.Sequence[bytes], pages: abc.Sequence[int], num_cached_blocks: int
+    ) -> None:
+        self.blocks = num_cached_blocks
+
+    def layers_done(self, *_: int) -> None:
+        pass
+
+    def blocks_done(self, first_block: int, end_block: int) -> None:
+        if self.raises:
+            raise RuntimeError("the event loop is closed")
+        assert first_block <= self.blocks
+        self.blocks = max(self.blocks, end_block)
+
+
+def test_prefills_are_drawn_once_and_their_pages_stay_until_released() -> None:
+    heard: list[SequenceOutput] = []
+    core = make_core(LateEngine(num_pages=16), heard)
+    sink = Sink()
+    params = SamplingParams(temperature=0, max_tokens=9)
+    core.submit(Sequence("p", [7] * 100, params, seed=0, sink=sink, prefill_choices=3))
+    run(core)
+    [output] = heard
+    assert output.prefill_done
+    first = expected_tokens([7] * 100, 1)
+    assert [token.token_id for token in output.tokens] == first * 3
+    assert sink.blocks == 7
+    assert core.stats().free_pages == 16 - 7
+    core.release("p")
+    run(core)
+    assert core.stats().free_pages == 16
+
+
+def test_a_sink_that_fails_costs_its_own_sequence() -> None:
+    heard: list[SequenceOutput] = []
+    core = make_core(LateEngine(num_pages=16), heard)
+    params = SamplingParams(temperature=0, max_tokens=6)
+    core.submit(Sequence("p", [7] * 20, params, seed=0, sink=Sink(raises=True), prefill_choices=1))
+    core.submit(Sequence("a", [3, 5], params, seed=0))
+    run(core)
+    assert [output.sequence.id for output in heard if output.error] == ["p"]
+    assert tokens_of(heard, "a") == expected_tokens([3, 5], 6)
+
+
+def test_a_token_drawn_elsewhere_begins_the_batch() -> None:
+    heard: list[SequenceOutput] = []
+    core = make_core(LateEngine(), heard)
+    params = SamplingParams(temperature=0, max_tokens=6)
+    core.submit(Sequence("d", [3, 5], params, seed=0, await_first_token=True))
+    run(core)
+    expected = expected_tokens([3, 5], 6)
+    core.first_token("d", expected[0])
+    run(core)
+    assert tokens_of(heard, "d") == expected[1:]

@@ -76,6 +76,13 @@ def test_workers_take_the_devices_in_turn():
     commands = {each.name: each.command for each in plan(config)}
     on = {name: c[c.index("--device") + 1] for name, c in commands.items() if "--device" in c}
     assert on == {"prefill": "cuda:0", "decode": "cuda:1", "decode-1": "cuda:0"}
+    shares = {n: "--gpu-memory-utilization" in command for n, command in commands.items()}
+    assert [shares[name] for name in ("prefill", "decode-1", "decode")] == [True, True, False]
+
+
+def test_two_workers_of_one_gpu_share_its_memory():
+    workers = plan(SuiteConfig(engine="fake", devices=("cuda",)))[1:3]
+    assert [flag(each, "--gpu-memory-utilization") for each in workers] == ["0.450", "0.450"]
 
 
 def test_the_router_of_random_weights_takes_token_ids(tmp_path: Path):

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitserve.engine.cuda.layout import StepPlan, placed_by_order
 from splitserve.engine.protocol import Draw, Slice
 from splitserve.parallel.commands import decode_step, encode_step
 from splitserve.sampling import SamplingParams
@@ -31,6 +35,21 @@ def test_followers_see_the_step(parts: list[Slice]) -> None:
         assert (got.token_ids, got.start) == (sent.token_ids, sent.start)
         assert got.pages == sent.pages[:used]
         assert len(got.draws) == len(sent.draws)
+
+
+@given(st.lists(slices(), max_size=6), st.permutations(range(6)))
+def test_ranks_lay_a_step_out_alike(parts: list[Slice], slots: list[int]) -> None:
+    """Rank 0 has slices of a batch's slots, the others do not know of them."""
+    own = [replace(part, slot=slot) for part, slot in zip(parts, slots, strict=False)]
+    theirs = decode_step(encode_step(own, BLOCK))
+    laid = []
+    for each in (own, theirs):
+        plan = StepPlan.of(placed_by_order(each))
+        numbers = np.empty(plan.shape.size, np.int64)
+        numbers[:] = -7
+        plan.lay_out(plan.shape, numbers, nobody=9)
+        laid.append((plan.shape, plan.logit_rows(plan.shape), numbers.tolist()))
+    assert laid[0] == laid[1]
 
 
 @pytest.mark.parametrize("cut", [4, 8, 24])

@@ -1,5 +1,7 @@
 """How a step's numbers lie, and what a graph of a larger shape makes of them."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -65,7 +67,7 @@ def test_one_token_without_one_draw_is_a_chunk(draws: list[Draw]) -> None:
 def test_sections_are_aligned_and_apart(slots: int, rows: int, chunks: int) -> None:
     sections = StepShape(slots, rows, chunks).sections
     assert all(section.start % 2 == 0 for section in sections)
-    assert all(a.stop <= b.start for a, b in zip(sections, sections[1:], strict=False))
+    assert all(a.stop <= b.start for a, b in pairwise(sections))
 
 
 def test_a_shape_holds_what_is_no_larger_in_any_way() -> None:

@@ -1,5 +1,6 @@
 """What the device is told of pages, and that it is told once."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,3 +68,14 @@ def test_equal_pages_of_another_sequence_are_told_again() -> None:
     table, first, second = SlotTable(SLOTS, MOST, CPU), Sequence(7), Sequence(7)
     assert tell(table, [first.last(0)]) == 1
     assert tell(table, [second.last(0)]) == 1
+
+
+def test_a_sequence_longer_than_the_context_is_refused() -> None:
+    """On the device it would write into the next slot's pages."""
+    table = SlotTable(SLOTS, MOST, CPU)
+    room = table.pages.shape[1]
+    assert room >= MOST
+    pages = list(range(room + 1))
+    assert tell(table, [Slice([5], room * BLOCK - 1, pages, (), 0)]) == room
+    with pytest.raises(ValueError, match="more than the context"):
+        table.news([Slice([5], room * BLOCK, pages, (), 0)], BLOCK)
