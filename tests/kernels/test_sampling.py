@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from splitserve_kernels.sampling import logprobs, sample, sample_reference
+from splitserve_kernels.sampling import MAX_VOCAB, logprobs, sample, sample_reference
 from torch import Tensor
 
 from splitserve.engine import sampler
@@ -148,6 +148,6 @@ def test_logprobs_equal_the_sampler() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="vocabulary"):
-        sample(torch.zeros(1, 300000), *tensors([SamplingParams()]), torch.zeros(1))
+        sample(torch.zeros(1, MAX_VOCAB + 1), *tensors([SamplingParams()]), torch.zeros(1))
     with pytest.raises(ValueError, match="parameters"):
         sample(torch.zeros(2, 300), *tensors([SamplingParams()]), torch.zeros(1))
