@@ -169,15 +169,21 @@ class BlockTable:
             self._become_visible(block, digest)
 
     def share(self, lease_id: str, places: Sequence[tuple[bytes, bytes, PoolPlace]]) -> None:
-        """Makes (key, digest, place) blocks visible where they are, all or none. The errors are
-        those of `commit`.
+        """Makes (key, digest, place) blocks visible where they are, all or none. Sharing one again
+        with the same digest at the same place is no error. The errors are those of `commit`.
         """
-        blocks = [self.writable(lease_id, key) for key, _, _ in places]
-        if any(block.extent is not None for block in blocks):
+        fresh: dict[bytes, tuple[Block, bytes, PoolPlace]] = {}
+        for key, digest, place in places:
+            block = self._blocks.get(key)
+            again = block is not None and block.committed and lease_id in block.holders
+            if again and block is not None and (block.digest, block.pool) == (digest, place):
+                continue
+            fresh[key] = (self.writable(lease_id, key), digest, place)
+        if any(block.extent is not None for block, _, _ in fresh.values()):
             raise InvalidRequest.single("blocks.pool_page", "must not be set, as there is space")
-        for block, (key, digest, place) in zip(blocks, places, strict=True):
+        for block, digest, place in fresh.values():
             block.pool = place
-            self._in_pool.setdefault(place.pool_id, set()).add(key)
+            self._in_pool.setdefault(place.pool_id, set()).add(block.key)
             self._become_visible(block, digest)
 
     def abandon(self, lease_id: str, keys: Iterable[bytes]) -> None:

@@ -8,8 +8,11 @@
 
 A block that may stay in the pool is committed where it is once it is whole; before that the store
 is told how far it is, for readers that copy ahead. Its page is kept until
-the store says that the block is gone: it was read, or its leases have ended. If someone who cannot
-map the pool waits for it, it goes the way of the others after all.
+the store says that the block is gone: it was read, or its leases have ended. While nothing else is
+left to do the store is asked for the lease as well, so that no page is kept for one that has ended,
+or for a store that does not answer. If someone who cannot map the pool waits for a block, it goes
+the way of the others after all; so do blocks that are not whole yet when the pool's registration is
+lost. Those that were whole are lost with it.
 
 The engine's thread only posts what is ready. Copies and digests run in the copier's threads, one
 round of them at a time: what becomes ready meanwhile is the next round. The compute waits for
@@ -22,77 +25,34 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
 
+from services.prefill.block_writer import BlockWriter, OpenStore
 from splitserve.engine.protocol import EngineSpec
-from splitserve.errors import SplitserveError
+from splitserve.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseEnded,
+    Overloaded,
+    SplitserveError,
+    Unavailable,
+)
 from splitserve.kv.codec import BlockHasher
-from splitserve.kv.layout import BlockSpec, KvLayout, Lease, Reservation
+from splitserve.kv.layout import BlockSpec, Lease, Reservation
 from splitserve.kv.page_mover import PagePart
-from splitserve.kv.pool_sharing import PoolShare, ShareListener
+from splitserve.kv.pool_sharing import PoolShare
 
 BLOCKS_PER_ROUND = 64
 """Bounds the memory of one round of copies that go through buffers."""
 
+ASK_EVERY_S = 0.5
+"""How often the lease is asked for while pages are kept for readers only, and how long the answer
+may take: together no page outlives its lease by more than a second.
+"""
+
 _log = logging.getLogger(__name__)
-
-
-class BlockWriter(Protocol):
-    """The part of `KvStoreClient` that a hand-over needs."""
-
-    @property
-    def transport_name(self) -> str:
-        """How bytes travel."""
-        ...
-
-    @property
-    def layout(self) -> KvLayout:
-        """The layout that digests cover."""
-        ...
-
-    def open_share(self, listener: ShareListener) -> PoolShare | None:
-        """A share for blocks that stay in the pool; None if they cannot."""
-        ...
-
-    def close_share(self, share: PoolShare) -> None:
-        """Tell its listener nothing more."""
-        ...
-
-    async def reserve(
-        self, lease: Lease, blocks: Seq[BlockSpec], share: PoolShare | None = None
-    ) -> list[Reservation]:
-        """Set space aside, all or nothing; with a share, blocks may stay in the pool."""
-        ...
-
-    async def put_pages(self, lease: Lease, parts: Seq[PagePart]) -> None:
-        """Copy layers of pages into the store, and digest them."""
-        ...
-
-    async def report_layers(
-        self, lease: Lease, share: PoolShare, blocks: Seq[tuple[bytes, int, int]]
-    ) -> None:
-        """Tell how many layers of (key, page, num_layers) blocks in the pool are computed."""
-        ...
-
-    async def share_pages(
-        self, lease: Lease, share: PoolShare, blocks: Seq[tuple[bytes, int, int]]
-    ) -> None:
-        """Commit (key, num_tokens, page) blocks where they are."""
-        ...
-
-    async def commit(self, lease: Lease, blocks: Iterable[tuple[bytes, bytes]]) -> None:
-        """Make (key, digest) blocks visible."""
-        ...
-
-    async def abandon(self, lease: Lease, keys: Iterable[bytes]) -> None:
-        """Give blocks up."""
-        ...
-
-
-OpenStore = Callable[[Lease], Awaitable[BlockWriter]]
 
 
 @dataclass
@@ -137,8 +97,10 @@ class HandOver:
         prompt_tokens: int,
         spec: EngineSpec,
         open_store: OpenStore,
+        ask_every_s: float = ASK_EVERY_S,
     ) -> None:
         self._lease = lease
+        self._ask_every_s = ask_every_s
         self._prompt_tokens = prompt_tokens
         self._spec = spec
         self._open_store = open_store
@@ -201,7 +163,8 @@ class HandOver:
         self._news.set()
 
     def lost(self) -> None:
-        """See `ShareListener.lost`."""
+        """See `ShareListener.lost`. Nothing is shared from here on."""
+        self._share = None
         self.gone(list(self._shared))
 
     def _begin(self, keys: Seq[bytes], pages: Seq[int], num_cached_blocks: int) -> None:
@@ -255,6 +218,7 @@ class HandOver:
                 block.hasher = BlockHasher(block.key, block.num_tokens, fingerprint, size)
                 self._pending.append(block)
             else:
+                block.reservation = block.hasher = None
                 self.stats.num_present += 1
         in_pool = any(r.must_write and r.in_pool for r in reservations)
         self.stats.transport = "device" if in_pool else store.transport_name
@@ -263,9 +227,7 @@ class HandOver:
         """Until all blocks are committed and nobody reads a page of ours any more."""
         while self._pending or self._shared or self._wanted:
             self._news.clear()
-            if wanted := list(self._wanted):
-                await self._reserve(store, wanted, None)
-                del self._wanted[: len(wanted)]
+            await self._bring_to_arena(store)
             due = [block for block in self._pending if block.written < block.ready]
             if batch := due[:BLOCKS_PER_ROUND]:
                 self.stats.first_ns = self.stats.first_ns or time.time_ns()
@@ -273,8 +235,48 @@ class HandOver:
                 await self._write_round(store, batch)
                 self.stats.busy_ns += time.monotonic_ns() - began
                 self._pending = [block for block in self._pending if block.reservation]
-            elif not self._wanted:
+            elif self._pending:
                 await self._news.wait()
+            elif self._shared:
+                await self._keep_pages(store)
+
+    async def _bring_to_arena(self, store: BlockWriter) -> None:
+        """Reserve anew, with space, what may not stay in the pool. What finds none is given up."""
+        wanted = list(self._wanted)
+        astray = [] if self._share else [block for block in self._pending if _stays(block)]
+        if not (blocks := list(dict.fromkeys([*wanted, *astray]))):
+            return
+        self._pending = [block for block in self._pending if block not in blocks]
+        try:
+            await self._reserve(store, blocks, None)
+        except Overloaded as error:
+            self.stats.error = error
+            _log.info("%d blocks find no room in the store: %s", len(blocks), error.message)
+            await store.abandon(self._lease, [block.key for block in blocks])
+            for block in blocks:
+                block.reservation = block.hasher = None
+        del self._wanted[: len(wanted)]
+
+    async def _keep_pages(self, store: BlockWriter) -> None:
+        """Wait for news of shared blocks, but not past the end of their lease or of the store."""
+        try:
+            async with asyncio.timeout(self._ask_every_s):
+                await self._news.wait()
+            return
+        except TimeoutError:
+            pass
+        try:
+            async with asyncio.timeout(self._ask_every_s):
+                await store.check_lease(self._lease)
+            return
+        except LeaseEnded:
+            _log.info("the lease has ended, its pages are kept no longer")
+        except (Unavailable, DeadlineExceeded, TimeoutError):
+            self.stats.error = Unavailable("the store does not answer")
+            _log.info("the store does not answer, pages are kept for it no longer")
+        # Not abandoned: that is a wait for the store as well. Who still reads them finds out.
+        self._shared.clear()
+        self._wanted.clear()
 
     async def _write_round(self, store: BlockWriter, batch: list[_Block]) -> None:
         """Copy what is ready of each block, or leave it where it is, and commit what is whole."""
@@ -299,13 +301,25 @@ class HandOver:
     async def _leave_in_pool(
         self, store: BlockWriter, share: PoolShare, blocks: list[_Block]
     ) -> None:
+        """What is not done because the share was lost meanwhile is left to `_bring_to_arena`."""
+        try:
+            await self._share_blocks(store, share, blocks)
+        except InvalidRequest:
+            if self._share is share:
+                raise
+
+    async def _share_blocks(
+        self, store: BlockWriter, share: PoolShare, blocks: list[_Block]
+    ) -> None:
         ends = [block.ready for block in blocks]
         whole = [block for block in blocks if block.ready == self._spec.num_layers]
         partial = [(b.key, b.page, b.ready) for b in blocks if b.ready < self._spec.num_layers]
         if partial:
             await store.report_layers(self._lease, share, partial)
+        if self._share is not share:
+            return
         if whole:
-            # News of them may come before the answer.
+            # News of them may come before the answer, that all are lost as well.
             self._shared.update((block.key, block) for block in whole)
             places = [(block.key, block.num_tokens, block.page) for block in whole]
             await store.share_pages(self._lease, share, places)

@@ -51,13 +51,19 @@ class MappedMemory:
         opened = _IpcHandle.from_buffer_copy(reserved)
         _check(_driver().cuIpcOpenMemHandle_v2(byref(self._base), opened, _LAZY_PEER_ACCESS))
         self._device = device
-        if not self._holds(offset + size):
+        try:
+            self.bytes = self._view(offset, size)
+        except BaseException:
             self.close()
+            raise
+
+    def _view(self, offset: int, size: int) -> Tensor:
+        if not self._holds(offset + size):
             raise ConnectionError("the handle names more memory than there is")
         storage = torch._C._construct_storage_from_data_pointer(
-            self._base.value + offset, device, size
+            self._base.value + offset, self._device, size
         )
-        self.bytes = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+        return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
 
     def _holds(self, size_bytes: int) -> bool:
         """A kernel that reads past the end would take the whole process down."""

@@ -10,7 +10,6 @@ import os
 import secrets
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -69,12 +68,11 @@ class DevicePages:
         """See `PageAccess.pin`."""
         address = np.frombuffer(memory, np.uint8).ctypes.data
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        began = time.monotonic()
         with torch.cuda.device(self._pool.device):
             refused = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
         if refused:
             _log.warning(
-                "%d MiB of shared memory cannot be pinned, copies take a detour: CUDA error %d",
+                "%d MiB of host memory cannot be pinned, copies take a detour: CUDA error %d",
                 memory.nbytes >> 20,
                 refused,
             )
@@ -82,11 +80,6 @@ class DevicePages:
             with suppress(RuntimeError):
                 torch.zeros(1, device=self._pool.device)
             return _nothing
-        _log.info(
-            "%d MiB of shared memory pinned in %.1f s",
-            memory.nbytes >> 20,
-            time.monotonic() - began,
-        )
 
         def unpin() -> None:
             with torch.cuda.device(self._pool.device):
@@ -116,7 +109,13 @@ class DevicePages:
             return DevicePeer(self._pool, None)
         self._warm_up()
         memory = MappedMemory(handle[_HEAD.size :], self._pool.device)
-        return DevicePeer(memory.bytes.view(-1, page_bytes), memory)
+        try:
+            if memory.bytes.numel() % page_bytes:
+                raise ConnectionError("the pool has a part of a page")
+            return DevicePeer(memory.bytes.view(-1, page_bytes), memory)
+        except BaseException:
+            memory.close()
+            raise
 
     @torch.inference_mode()
     def copy_from_peer(

@@ -7,6 +7,7 @@ gone.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -220,6 +221,10 @@ class BlockClient:
         with typed_errors():
             await self._control.stub.AbandonBlocks(request, timeout=self._timeout_s)
 
+    async def check_lease(self, lease: Lease) -> None:
+        """Asks the store whether the lease is live; does not extend it."""
+        await self._vouching.ask(lease)
+
     async def await_blocks(
         self,
         lease: Lease,
@@ -238,14 +243,16 @@ class BlockClient:
         under `contextlib.aclosing` if you may leave early.
         """
         await self._runs.of(lease)
-        asked = list(keys)
+        asked, beyond = list(keys), set[int]()
         while asked:
+            # A pool may yet be named, but not to this call.
+            unmapped = beyond.union(self._peers.unmapped) if self._peers else beyond
             request = kvstore_pb2.AwaitBlocksRequest(
                 lease=lease.to_proto(),
                 keys=asked,
                 wait_for_writer=wait_for_writer,
                 pool_domain=self._peers.domain if self._peers else "",
-                unmapped_pool_ids=self._peers.unmapped if self._peers else (),
+                unmapped_pool_ids=unmapped,
             )
             asked = []
             with typed_errors():
@@ -254,7 +261,7 @@ class BlockClient:
                     async for decided in call:
                         ready = [ReadableBlock.from_proto(block) for block in decided.ready]
                         places = {b.pool_page.pool_id for b in ready if b.pool_page}
-                        beyond = {place for place in places if not await self._reaches(place)}
+                        beyond |= await self._beyond_reach(places - beyond)
                         at_hand = [block for block in ready if _pool_of(block) not in beyond]
                         # The store is asked for the others anew: it has them brought here.
                         asked += [block.key for block in ready if _pool_of(block) in beyond]
@@ -292,8 +299,13 @@ class BlockClient:
             await self._drop_damaged(lease, block)
             raise
 
-    async def _reaches(self, pool_id: int) -> bool:
-        return self._peers is not None and await self._peers.reaches(pool_id)
+    async def _beyond_reach(self, pool_ids: Iterable[int]) -> set[int]:
+        """Those of the pools that cannot be mapped now."""
+        if self._peers is None:
+            return set(pool_ids)
+        asked = list(pool_ids)
+        reached = await asyncio.gather(*map(self._peers.reaches, asked))
+        return {pool_id for pool_id, is_there in zip(asked, reached, strict=True) if not is_there}
 
     @contextmanager
     def _measured(self, transport: str, direction: str, size_bytes: int) -> Iterator[None]:

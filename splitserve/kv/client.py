@@ -5,8 +5,8 @@ The way of a block that is handed over:
 1. the router grants a lease and gives it to both workers;
 2. the prefill worker reserves the block, writes it while the lease is vouched for, and commits it
    with its digest (`codec.block_digest`);
-3. the decode worker awaits it, copies it out, and checks its digest after that, so that no later
-   change can matter;
+3. the decode worker awaits it, copies it out, and checks the digest of its own copy before it uses
+   it, so that no later change can matter;
 4. the router releases the lease.
 
 A worker whose pool others can map commits the block where it is (`share_pages`) instead of writing
@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from splitserve.errors import BlockNotFound
 from splitserve.kv.block_client import BlockClient
@@ -30,7 +30,6 @@ from splitserve.kv.pages import PageAccess, PeerPool, SharesPages
 from splitserve.kv.peer_pools import PeerPools
 from splitserve.kv.pool_sharing import PoolShare, PoolSharing, ShareListener
 from splitserve.kv.runs import StoreRun, StoreRuns, TransportChoice
-from splitserve.kv.transports.base import WriteTooLate
 from splitserve.obs.metrics import Metrics
 from splitserve.rpc.tls import TlsConfig
 from splitserve.v1 import kvstore_pb2
@@ -78,7 +77,6 @@ class KvStoreClient(BlockClient):
             layout=layout,
             choice=transport,
             rpc_timeout_s=rpc_timeout_s,
-            pages=pages,
         )
         client = cls(
             control,
@@ -109,8 +107,13 @@ class KvStoreClient(BlockClient):
         if self._peers is not None:
             await self._peers.close()
         await self._control.close()
-        self._runs.close()
-        await asyncio.to_thread(self._copier.close)
+        await self._runs.close()
+        await asyncio.to_thread(self._end_copies)
+
+    def _end_copies(self) -> None:
+        self._copier.close()
+        if self._mover is not None:
+            self._mover.close()
 
     async def put_pages(self, lease: Lease, parts: Sequence[PagePart]) -> None:
         """Copies layers of pages to blocks that were reserved as WRITE, and digests them.
@@ -127,12 +130,11 @@ class KvStoreClient(BlockClient):
     async def _put_slice(
         self, run: StoreRun, mover: PageMover, lease: Lease, parts: Sequence[PagePart]
     ) -> None:
-        size, written = sum(map(mover.size_of, parts)), not parts
-        while not written:
-            begin_by_s = await self._vouched_until(run, lease)
-            with suppress(WriteTooLate), self._measured(run.transport.name, "write", size):
-                await mover.put(run.transport, lease, parts, begin_by_s)
-                written = True
+        with self._measured(run.transport.name, "write", sum(map(mover.size_of, parts))):
+            while parts:
+                # What came too late is tried again, once the store has vouched for the lease anew.
+                begin_by_s = await self._vouched_until(run, lease)
+                parts = parts[await mover.put(run.transport, lease, parts, begin_by_s) :]
 
     def open_share(self, listener: ShareListener) -> PoolShare | None:
         """A share for blocks that stay in this worker's pool, to be closed with `close_share`. None
@@ -192,18 +194,18 @@ class KvStoreClient(BlockClient):
         blocks: Sequence[PartialBlock],
         targets: Sequence[Sequence[int]],
         first_layers: Sequence[int],
-    ) -> None:
+    ) -> list[bool]:
         """Copies layers from `first_layers` on, as far as there are, of blocks in pools to their
         target pages. What is there then may be used once `take_pages` has verified it.
 
-        Raises BlockNotFound if a pool is gone. A cancelled call ends once it no longer writes the
-        pages.
+        Which of the blocks were copied: those in pools that are mapped now, for no pool is waited
+        for. Raises BlockNotFound if a pool is gone. A cancelled call ends once it no longer writes
+        the pages.
         """
         mover = self._pages_mover
         pools = {block.pool_page.pool_id for block in blocks}
-        for pool_id in pools:
-            if not await self._peers_of_pools.reaches(pool_id):
-                raise BlockNotFound("another worker's pool cannot be mapped")
+        mapped = pools.intersection(self._peers_of_pools.mapped)
+        for pool_id in mapped:
             copies = [
                 LayerCopy(block.pool_page.page, page, first, block.num_layers)
                 for block, pages, first in zip(blocks, targets, first_layers, strict=True)
@@ -212,6 +214,7 @@ class KvStoreClient(BlockClient):
             ]
             async with self._peer(pool_id) as peer:
                 await mover.copy_ahead(self._shared, peer, copies)
+        return [block.pool_page.pool_id in mapped for block in blocks]
 
     async def take_pages(
         self,
@@ -225,8 +228,9 @@ class KvStoreClient(BlockClient):
         Of blocks in pools only layers from `first_layers` on are copied, if given: the others were
         copied ahead.
 
-        The pages of the others have any content. The store is told of those, so that the blocks can
-        be written anew. A cancelled call ends once it no longer writes the pages.
+        The pages of the others have any content if the block is in a pool, else what they had. The
+        store is told of those, so that the blocks can be written anew. A cancelled call ends once
+        it no longer writes the pages.
         """
         mover = self._pages_mover
         run = await self._runs.of(lease)

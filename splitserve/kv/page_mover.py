@@ -1,32 +1,40 @@
 """Moves blocks between a worker's pages and a store.
 
-Where the arena is mapped, bytes go straight from a page into it and back; where it is not, through
-a buffer. Work is cut into slices for the copier's threads: each copies and digests its own.
+Work is cut into slices for the copier's threads: each copies and digests its own, through buffers
+that no other process can write to.
 
-A reader digests after it has copied, and in the arena it digests what it has copied from: a
-committed block does not change but by damage, and damage stays. So what is found whole after the
-copy was whole while it was copied.
+1. A writer copies pages to a buffer, the buffer to the arena, and digests the buffer: what is
+   committed is the digest of what the pages hold, whatever else is written to the arena.
+2. A reader copies the arena to a buffer, digests the buffer, and copies what is whole from there to
+   its pages: what it uses is what it verified, whatever becomes of the arena, and a page that a
+   damaged block was meant for is not touched.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import TypeVar
+
+import numpy as np
 
 from splitserve.errors import BlockCorrupt
 from splitserve.kv.codec import BlockHasher, block_digest, sealed_digest
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout, Lease, ReadableBlock, Reservation
 from splitserve.kv.pages import PageAccess, PeerPool, SharesPages
-from splitserve.kv.transports.base import Transport, WriteTooLate
+from splitserve.kv.staging import Staging
+from splitserve.kv.transports.base import Transport
 from splitserve.kv.transports.shm import ShmTransport
 
 _SLICE_BYTES = 1 << 20
 """Less than this is not worth a thread of its own."""
+
+_STAGED_BYTES = 4 << 20
+"""So much is copied at once, or one block: enough to keep a device busy."""
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -57,12 +65,17 @@ class LayerCopy:
 
 
 class PageMover:
-    """The copies of one worker's pool."""
+    """The copies of one worker's pool. To be closed once the copier is."""
 
     def __init__(self, pages: PageAccess, copier: Copier, layout: KvLayout) -> None:
         self.pages = pages
         self._copier = copier
         self._layout = layout
+        self._staging = Staging(pages, max(_STAGED_BYTES, layout.block_bytes))
+
+    def close(self) -> None:
+        """Gives up the buffers, in the calling thread: with a device it may take a while."""
+        self._staging.close()
 
     def slices(self, items: Sequence[_T], item_bytes: int) -> list[Sequence[_T]]:
         """The items cut up for the threads, in order."""
@@ -77,28 +90,28 @@ class PageMover:
 
     async def put(
         self, transport: Transport, lease: Lease, parts: Sequence[PagePart], begin_by_s: float
-    ) -> None:
-        """Writes parts. What is raised is that of `Transport.write`, WriteTooLate before anything
-        was touched.
+    ) -> int:
+        """Writes parts. How many, from the first: no copy to the arena begins after `begin_by_s`,
+        and the others' hashers have taken in nothing. What is raised is that of `Transport.write`.
         """
         if isinstance(transport, ShmTransport):
-            with transport.lent():
-                views = [
-                    transport.span(
-                        part.reservation.arena_offset + self._offset_of(part), self.size_of(part)
-                    )
-                    for part in parts
-                ]
-                await self._copier.run(self._export, parts, views, begin_by_s)
-            return
+            spans = [
+                transport.span(
+                    part.reservation.arena_offset + self._offset_of(part), self.size_of(part)
+                )
+                for part in parts
+            ]
+            return await self._copier.run(self._export_to_arena, parts, spans, begin_by_s)
         views = [memoryview(bytearray(self.size_of(part))) for part in parts]
-        await self._copier.run(self._export, parts, views, begin_by_s)
+        await self._copier.run(self._export, parts, views)
         await all_ended(
             transport.write(
                 lease, part.key, part.reservation, self._offset_of(part), view, begin_by_s
             )
             for part, view in zip(parts, views, strict=True)
         )
+        await self._copier.run(_take_in, parts, views)
+        return len(parts)
 
     async def take(
         self,
@@ -107,11 +120,12 @@ class PageMover:
         blocks: Sequence[ReadableBlock],
         targets: Sequence[Sequence[int]],
     ) -> list[bool]:
-        """Copies each block to its own pages. Which of them are whole."""
+        """Copies each block that is whole to its own pages. Which of them are; the pages of the
+        others stay as they are.
+        """
         if isinstance(transport, ShmTransport):
-            with transport.lent():
-                views = [transport.span(block.arena_offset, block.size_bytes) for block in blocks]
-                return await self._copier.run(self._insert, blocks, views, targets)
+            spans = [transport.span(block.arena_offset, block.size_bytes) for block in blocks]
+            return await self._copier.run(self._insert_from_arena, blocks, spans, targets)
         whole = []
         buffer = memoryview(bytearray(self._layout.block_bytes))
         for block, pages in zip(blocks, targets, strict=True):
@@ -165,20 +179,49 @@ class PageMover:
 
     # -- in a thread of the copier -------------------------------------------------------------
 
-    def _export(
-        self, parts: Sequence[PagePart], views: Sequence[memoryview], begin_by_s: float
-    ) -> None:
-        # Looked at here, in the thread, for the copy may have waited long behind others.
-        if time.monotonic() >= begin_by_s:
-            raise WriteTooLate("the copy's turn came too late for what the store had vouched for")
+    def _export_to_arena(
+        self, parts: Sequence[PagePart], spans: Sequence[memoryview], begin_by_s: float
+    ) -> int:
+        written = 0
+        with self._staging.lent() as buffer:
+            fitting = len(buffer) // max(map(self.size_of, parts))
+            for together in _batches(list(zip(parts, spans, strict=True)), fitting):
+                members = [part for part, _ in together]
+                views = _cut(buffer, [self.size_of(part) for part in members])
+                self._export(members, views)
+                # Looked at here, for the thread and the device may have let it wait.
+                if time.monotonic() >= begin_by_s:
+                    break
+                for (_, span), view in zip(together, views, strict=True):
+                    _copy(span, view)
+                _take_in(members, views)
+                written += len(members)
+        return written
+
+    def _export(self, parts: Sequence[PagePart], views: Sequence[memoryview]) -> None:
         together = zip(parts, views, strict=True)
         for (first, end), group in groupby(together, lambda one: _layers_of(one[0])):
             members = list(group)
             self.pages.export_pages(
                 [part.page for part, _ in members], first, end, [view for _, view in members]
             )
-            for part, view in members:
-                part.hasher.update(view)
+
+    def _insert_from_arena(
+        self,
+        blocks: Sequence[ReadableBlock],
+        spans: Sequence[memoryview],
+        targets: Sequence[Sequence[int]],
+    ) -> list[bool]:
+        whole: list[bool] = []
+        with self._staging.lent() as buffer:
+            fitting = len(buffer) // self._layout.block_bytes
+            for together in _batches(list(zip(blocks, spans, targets, strict=True)), fitting):
+                views = _cut(buffer, [self._layout.block_bytes] * len(together))
+                for (_, span, _), view in zip(together, views, strict=True):
+                    _copy(view, span)
+                members, pages = [one[0] for one in together], [one[2] for one in together]
+                whole += self._insert(members, views, pages)
+        return whole
 
     def _insert(
         self,
@@ -186,15 +229,20 @@ class PageMover:
         views: Sequence[memoryview],
         targets: Sequence[Sequence[int]],
     ) -> list[bool]:
-        together = [
-            (page, view) for view, pages in zip(views, targets, strict=True) for page in pages
-        ]
-        self.pages.insert_pages([page for page, _ in together], [view for _, view in together])
+        """The views are of this process alone."""
         fingerprint = self._layout.fingerprint
-        return [
+        whole = [
             block_digest(block.key, block.num_tokens, fingerprint, view) == block.digest
             for block, view in zip(blocks, views, strict=True)
         ]
+        together = [
+            (page, view)
+            for view, pages, is_whole in zip(views, targets, whole, strict=True)
+            if is_whole
+            for page in pages
+        ]
+        self.pages.insert_pages([page for page, _ in together], [view for _, view in together])
+        return whole
 
     def _take_copies(
         self,
@@ -247,5 +295,26 @@ def _layers_of(part: PagePart) -> tuple[int, int]:
     return part.first_layer, part.end_layer
 
 
+def _batches(items: Sequence[_T], count: int) -> Iterator[Sequence[_T]]:
+    for first in range(0, len(items), count):
+        yield items[first : first + count]
+
+
+def _cut(buffer: memoryview, sizes: Iterable[int]) -> list[memoryview]:
+    """Views of the buffer, one after the other."""
+    bounds = [0, *accumulate(sizes)]
+    return [buffer[first:end] for first, end in pairwise(bounds)]
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    """Of the same size. Without the interpreter's lock."""
+    np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
+
+
+def _take_in(parts: Sequence[PagePart], views: Sequence[memoryview]) -> None:
+    for part, view in zip(parts, views, strict=True):
+        part.hasher.update(view)
+
+
 def _unchecked() -> None:
-    """The copy is checked after it was inserted."""
+    """The copy is checked in the thread that inserts it."""

@@ -32,6 +32,12 @@ class _Mapped:
         self.users = 0
         self.dropped = False
 
+    def outcome(self) -> bool | None:
+        """Whether it could be opened; None while that is not known."""
+        if not self.opening.done() or self.opening.cancelled():
+            return None
+        return self.opening.result() is not None
+
 
 class PeerPools:
     """Pools that one store names, from `start` to `close`."""
@@ -43,7 +49,6 @@ class PeerPools:
         self._pages = pages
         self._copier = copier
         self._pools: dict[int, _Mapped] = {}
-        self._unmapped: set[int] = set()
         self._named = asyncio.Condition()
         self._closing: set[asyncio.Task[None]] = set()
         request = kvstore_pb2.WatchPoolsRequest(domain=self.domain)
@@ -53,8 +58,13 @@ class PeerPools:
 
     @property
     def unmapped(self) -> list[int]:
-        """Pools that turned out not to be mappable."""
-        return list(self._unmapped)
+        """Pools that are named, but could not be mapped."""
+        return [pool_id for pool_id, one in self._pools.items() if one.outcome() is False]
+
+    @property
+    def mapped(self) -> list[int]:
+        """Pools that can be read without a wait."""
+        return [pool_id for pool_id, one in self._pools.items() if one.outcome()]
 
     def start(self) -> None:
         """Begins to map, on the running loop."""
@@ -67,12 +77,11 @@ class PeerPools:
             await asyncio.wait(self._closing)
 
     async def reaches(self, pool_id: int) -> bool:
-        """Whether the pool is mapped, or can be. One that is not will be among the `unmapped`."""
+        """Whether the pool is mapped, once that is decided. One that is not named within
+        `_NAMED_WITHIN_S` is not, though it may be later; it is not among the `unmapped`.
+        """
         mapped = await self._known(pool_id)
-        if mapped is None or await asyncio.shield(mapped.opening) is None:
-            self._unmapped.add(pool_id)
-            return False
-        return True
+        return mapped is not None and await asyncio.shield(mapped.opening) is not None
 
     @asynccontextmanager
     async def lent(self, pool_id: int) -> AsyncIterator[PeerPool]:
@@ -102,7 +111,6 @@ class PeerPools:
         named = {pool.pool_id: pool.handle for pool in news.pools}
         for pool_id in self._pools.keys() - named.keys():
             self._drop(pool_id)
-        self._unmapped &= named.keys()
         for pool_id in named.keys() - self._pools.keys():
             opening = asyncio.create_task(self._open(named[pool_id]), name="pool-open")
             self._pools[pool_id] = _Mapped(opening)
@@ -111,7 +119,6 @@ class PeerPools:
     def _broken(self) -> None:
         for pool_id in list(self._pools):
             self._drop(pool_id)
-        self._unmapped.clear()
 
     async def _open(self, handle: bytes) -> PeerPool | None:
         try:

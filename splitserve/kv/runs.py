@@ -11,7 +11,6 @@ from splitserve.errors import LeaseEnded, Unavailable
 from splitserve.kv.control import StoreControl, typed_errors
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout, Lease
-from splitserve.kv.pages import PageAccess
 from splitserve.kv.transports.base import Transport
 from splitserve.kv.transports.grpc import GrpcTransport
 from splitserve.kv.transports.shm import ShmTransport
@@ -50,7 +49,6 @@ class StoreRuns:
         layout: KvLayout,
         choice: TransportChoice,
         rpc_timeout_s: float,
-        pages: PageAccess | None = None,
     ) -> None:
         self._control = control
         self._copier = copier
@@ -58,11 +56,10 @@ class StoreRuns:
             worker_id=worker_id, kv_layout=layout.to_proto()
         )
         self._choice = choice
-        self._pages = pages
         self._timeout_s = rpc_timeout_s
         self._present: StoreRun | None = None
         self._lost = False
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[None] | None = None
 
     @property
     def present(self) -> StoreRun:
@@ -74,26 +71,41 @@ class StoreRuns:
     async def of(self, lease: Lease) -> StoreRun:
         """The run that granted the lease, connecting anew if need be. Raises LeaseEnded."""
         if self._lost or lease.epoch != self.present.epoch:
+            joined = self._connecting is not None
             await self.connect()
+            if joined and lease.epoch != self.present.epoch:
+                # What was under way may have asked before the run that granted the lease began.
+                await self.connect()
             if lease.epoch != self.present.epoch:
                 raise LeaseEnded("the lease is of an earlier run of the store")
         return self.present
 
     async def connect(self) -> None:
-        """Introduces the worker; takes a new transport if the store has restarted."""
-        async with self._connecting:
-            with typed_errors():
-                store = await self._control.stub.Connect(
-                    self._introduction, timeout=self._timeout_s
-                )
-            earlier = self._present
-            if earlier is not None and earlier.epoch == store.epoch and not self._lost:
-                return
-            transport = await self._open_transport(store)
-            self._present = StoreRun(store.epoch, transport, store.advertised_address)
-            self._lost = False
-            if earlier is not None:
-                earlier.transport.close()
+        """Introduces the worker; takes a new transport if the store has restarted.
+
+        Callers share one attempt, and nobody who gives up ends it.
+        """
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._connect(), name="store-connect")
+            self._connecting.add_done_callback(self._connected)
+        await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> None:
+        with typed_errors():
+            store = await self._control.stub.Connect(self._introduction, timeout=self._timeout_s)
+        earlier = self._present
+        if earlier is not None and earlier.epoch == store.epoch and not self._lost:
+            return
+        transport = await self._open_transport(store)
+        self._present = StoreRun(store.epoch, transport, store.advertised_address)
+        self._lost = False
+        if earlier is not None:
+            earlier.transport.close()
+
+    def _connected(self, task: asyncio.Task[None]) -> None:
+        self._connecting = None
+        if not task.cancelled():
+            task.exception()  # looked at, though every caller may have given up
 
     def lost(self) -> None:
         """The store is out of reach: let go of its memory until it is used again.
@@ -104,28 +116,20 @@ class StoreRuns:
             self._lost = True
             self._present.transport.close()
 
-    def close(self) -> None:
-        """Gives up the transport."""
+    async def close(self) -> None:
+        """Ends an attempt to connect, and gives up the transport."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
         if self._present is not None:
             self._present.transport.close()
-
-    async def _pin(self, transport: ShmTransport) -> None:
-        """Copies work without it."""
-        if self._pages is None:
-            return
-        try:
-            await transport.pin(self._pages)
-        except Exception:
-            _log.exception("shared memory could not be pinned")
 
     async def _open_transport(self, store: kvstore_pb2.ConnectResponse) -> Transport:
         if self._choice != "grpc" and store.handle_socket:
             try:
-                transport = await ShmTransport.open(
+                return await ShmTransport.open(
                     store.handle_socket, epoch=store.epoch, copier=self._copier
                 )
-                await self._pin(transport)
-                return transport
             except OSError as err:
                 if self._choice == "shm":
                     raise Unavailable(f"shared memory of {self._control.address}: {err}") from err

@@ -31,13 +31,14 @@ from collections.abc import (
     Iterator,
 )
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
 from splitserve.engine.sequence import PageLoad, Sequence
 from splitserve.errors import BlockCorrupt, SplitserveError
-from splitserve.kv.layout import Lease, PartialBlock, PoolPage, ReadableBlock
+from splitserve.kv.layout import Lease, PartialBlock, ReadableBlock
+from splitserve.worker.block_loads import Ahead, Load, LoadGroup, layers_at
 
 STRAGGLER_S = 0.25
 """How long after the prefill's end an awaited block may take to be announced by the store."""
@@ -73,8 +74,10 @@ class BlockReader(Protocol):
 
     async def copy_ahead(
         self, blocks: Seq[PartialBlock], targets: Seq[Seq[int]], first_layers: Seq[int]
-    ) -> None:
-        """Copy the layers that there are, but those before the first, to the target pages."""
+    ) -> list[bool]:
+        """Copy the layers that there are, but those before the first, to the target pages, without
+        waiting for a pool; which of the blocks were copied.
+        """
         ...
 
     async def take_pages(
@@ -107,61 +110,6 @@ class LoadStats:
     num_corrupt: int = 0
     busy_ns: int = 0
     transport: str = ""
-
-
-@dataclass(eq=False)
-class _Load:
-    """One choice's pages: `filled` of `blocks` from the first are filled."""
-
-    sequence_id: str
-    blocks: list[PageLoad]
-    filled: int = 0
-    settled: bool = False
-
-    def wants(self, block_index: int) -> PageLoad | None:
-        """The page that the block goes to, if this load lacks it."""
-        if self.settled or self.filled == len(self.blocks):
-            return None
-        position = block_index - self.blocks[0].index
-        return self.blocks[position] if self.filled <= position < len(self.blocks) else None
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """What of a block was copied before it was committed."""
-
-    place: PoolPage
-    num_layers: int
-    targets: list[int]
-
-
-@dataclass(eq=False)
-class _Group:
-    """Loads that share their reads. Open to more until its first block has come. `partial` has news
-    of blocks that are being computed, `ahead` what was copied of them.
-    """
-
-    loads: list[_Load]
-    partial: list[PartialBlock] = field(default_factory=list)
-    ahead: dict[bytes, _Ahead] = field(default_factory=dict)
-    task: asyncio.Task[None] | None = None
-    joinable: bool = True
-    inserting: bool = False
-
-    @property
-    def idle(self) -> bool:
-        """Whether no load needs a block any more."""
-        return all(load.settled for load in self.loads)
-
-    def targets(self, block_index: int) -> list[int]:
-        """The pages that the block goes to."""
-        pages = (load.wants(block_index) for load in self.loads)
-        return [page.page for page in pages if page is not None]
-
-    def joins(self, load: _Load) -> bool:
-        """Whether the group reads every block that `load` needs and has read none yet."""
-        keys = {block.key for block in self.loads[0].blocks}
-        return self.joinable and all(block.key in keys for block in load.blocks)
 
 
 class BlockLoader:
@@ -198,14 +146,14 @@ class BlockLoader:
         self._letting_go: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
-        self._groups: list[_Group] = []
+        self._groups: list[LoadGroup] = []
         self._cancelled: set[str] = set()
         self._prefill_done = asyncio.Event()
         self.stats = LoadStats()
 
     def load(self, sequence: Sequence, blocks: Seq[PageLoad]) -> None:
         """See `KvSource.load`. Called on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._begin, _Load(sequence.id, list(blocks)))
+        self._loop.call_soon_threadsafe(self._begin, Load(sequence.id, list(blocks)))
 
     def prefill_done(self) -> None:
         """The prefill has ended: what nobody has reserved by now will not come."""
@@ -227,7 +175,7 @@ class BlockLoader:
         if self._letting_go:
             await asyncio.wait(self._letting_go)
 
-    def _begin(self, load: _Load) -> None:
+    def _begin(self, load: Load) -> None:
         if load.sequence_id in self._cancelled:
             self._settle(load)
             return
@@ -236,13 +184,13 @@ class BlockLoader:
             if group.joins(load):
                 group.loads.append(load)
                 return
-        group = _Group([load])
+        group = LoadGroup([load])
         self._groups.append(group)
         group.task = self._loop.create_task(self._run(group), context=self._context.copy())
         # A callback, for a task that is cancelled before it began runs no `finally`.
         group.task.add_done_callback(lambda _: self._end(group))
 
-    async def _run(self, group: _Group) -> None:
+    async def _run(self, group: LoadGroup) -> None:
         try:
             await self._fill(group)
         except SplitserveError as error:
@@ -266,21 +214,21 @@ class BlockLoader:
         except SplitserveError as error:
             _log.info("blocks are held until the lease ends: %s", error.message)
 
-    def _end(self, group: _Group) -> None:
+    def _end(self, group: LoadGroup) -> None:
         self._groups.remove(group)
         self.stats.ended_ns = time.time_ns()
         for load in group.loads:
             self._settle(load)
         self._let_go_if_done()
 
-    def _drop_cancelled(self, group: _Group) -> None:
+    def _drop_cancelled(self, group: LoadGroup) -> None:
         for load in group.loads:
             if load.sequence_id in self._cancelled:
                 self._settle(load)
         if group.idle and group.task:
             group.task.cancel()
 
-    async def _fill(self, group: _Group) -> None:
+    async def _fill(self, group: LoadGroup) -> None:
         """Insert the group's blocks in order until all are there or one is missing."""
         store = await self._open_store(self._lease)
         self.stats.transport = store.transport_name
@@ -308,22 +256,23 @@ class BlockLoader:
                     return
 
     async def _copy_ahead(
-        self, store: BlockReader, group: _Group, indexes: dict[bytes, int]
+        self, store: BlockReader, group: LoadGroup, indexes: dict[bytes, int]
     ) -> None:
         """Copy what is computed of blocks that are not whole. What fails is copied later."""
         news = {block.key: block for block in group.partial if block.key in indexes}
         group.partial.clear()
         targets = [group.targets(indexes[key]) for key in news]
         firsts = [
-            _layers_at(group.ahead.get(key), block.pool_page, pages)
+            layers_at(group.ahead.get(key), block.pool_page, pages)
             for (key, block), pages in zip(news.items(), targets, strict=True)
         ]
         group.inserting = True
         try:
             with self._busy():
-                await store.copy_ahead(list(news.values()), targets, firsts)
-            for (key, block), pages in zip(news.items(), targets, strict=True):
-                group.ahead[key] = _Ahead(block.pool_page, block.num_layers, pages)
+                copied = await store.copy_ahead(list(news.values()), targets, firsts)
+            for (key, block), pages, is_there in zip(news.items(), targets, copied, strict=True):
+                if is_there:
+                    group.ahead[key] = Ahead(block.pool_page, block.num_layers, pages)
         except SplitserveError as error:
             _log.info("layers are not copied ahead: %s", error.message)
         finally:
@@ -384,7 +333,7 @@ class BlockLoader:
                 await asyncio.wait({upcoming})
 
     async def _bring(
-        self, store: BlockReader, group: _Group, batch: Seq[tuple[int, ReadableBlock]]
+        self, store: BlockReader, group: LoadGroup, batch: Seq[tuple[int, ReadableBlock]]
     ) -> None:
         """Fill the pages that want these blocks, up to the first that is not good. Raises
         `BlockCorrupt` then.
@@ -399,7 +348,7 @@ class BlockLoader:
             self.stats.transport = "device"
         targets = [[page for _, page in pages] for pages in wanting]
         firsts = [
-            _layers_at(group.ahead.get(block.key), block.pool_page, pages)
+            layers_at(group.ahead.get(block.key), block.pool_page, pages)
             for block, pages in zip(blocks, targets, strict=True)
         ]
         group.inserting = True
@@ -422,15 +371,8 @@ class BlockLoader:
                 f"block {block.key.hex()[:16]} of {block.size_bytes} bytes is not what it should be"
             )
 
-    def _settle(self, load: _Load) -> None:
+    def _settle(self, load: Load) -> None:
         if not load.settled:
             load.settled = True
             self._num_settled += 1
             self._loaded(load.sequence_id, load.filled)
-
-
-def _layers_at(ahead: _Ahead | None, place: PoolPage | None, targets: list[int]) -> int:
-    """How many layers of the block at `place` are in its target pages."""
-    if ahead is None or ahead.place != place or ahead.targets != targets:
-        return 0
-    return ahead.num_layers

@@ -9,6 +9,7 @@ import pytest
 import torch
 from splitserve_kernels.page_digest_rules import digest_pages_reference
 
+from splitserve.engine import device_pages
 from splitserve.engine.device_pages import DevicePages, DevicePeer
 from splitserve.kv.pages import SharesPages
 
@@ -82,3 +83,31 @@ def test_its_own_handle_is_its_own_pool() -> None:
 def test_a_handle_of_something_else_is_refused(handle: bytes) -> None:
     with pytest.raises(ConnectionError):
         make(1)[0].open_peer(handle)
+
+
+class Mapping:
+    """Memory of the host in place of a peer's."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.bytes = torch.zeros(size_bytes, dtype=torch.uint8)
+        self.is_open = True
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_handle_of_a_part_of_a_page_leaves_nothing_mapped(
+    monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    (source, _), (target, own) = make(1), make(2)
+    mapping = Mapping(2 * own.shape[1] + spare)
+    monkeypatch.setattr(device_pages, "MappedMemory", lambda *_: mapping)
+    handle = source._name + own.shape[1].to_bytes(8, "little")
+    if spare:
+        with pytest.raises(OSError, match="part of a page"):
+            target.open_peer(handle)
+        assert not mapping.is_open
+    else:
+        assert target.open_peer(handle).pages().shape == (2, own.shape[1])
+        assert mapping.is_open

@@ -5,8 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from splitserve.errors import BlockOutOfRange, Unavailable
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import Lease, ReadableBlock, Reservation
-from splitserve.kv.pages import PageAccess
 from splitserve.kv.transports.base import WriteTooLate
 from splitserve.kv.transports.handle import Handle, receive_handle
 
@@ -38,41 +36,31 @@ class ShmTransport:
         # The array keeps the mapping alive for as long as any copy uses it.
         self._arena: NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8)
         self._copier = copier
-        self._unpin: Callable[[], None] | None = None
-        self._lent = 0
         self._closed = False
 
     @classmethod
     async def open(cls, handle_socket: str, *, epoch: int, copier: Copier) -> ShmTransport:
         """Reaches the store's handle socket. Raises OSError if that is not possible from here."""
-        handle = await copier.run(receive_handle, handle_socket)
-        if handle.epoch != epoch:
-            os.close(handle.fd)
-            raise ConnectionError("the handle socket belongs to another run of the store")
-        return cls(handle, copier)
+
+        def reach() -> ShmTransport:
+            handle = receive_handle(handle_socket)
+            if handle.epoch != epoch:
+                os.close(handle.fd)
+                raise ConnectionError("the handle socket belongs to another run of the store")
+            return cls(handle, copier)
+
+        # In one go, so that a caller who is cancelled leaves no descriptor open.
+        return await copier.run(reach)
 
     @property
     def arena(self) -> memoryview:
-        """The whole arena, for engines that register it as pinned memory."""
+        """The whole arena."""
         return self._arena.data
 
-    async def pin(self, pages: PageAccess) -> None:
-        """Has a device make its copies without a detour, if it can."""
-        with self.lent():
-            self._unpin = await self._copier.run(pages.pin, self._arena.data)
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """While copies of a caller's own use `span`s: the arena stays pinned, closed or not."""
-        self._lent += 1
-        try:
-            yield
-        finally:
-            self._lent -= 1
-            self._give_up_if_idle()
-
     def span(self, offset: int, size_bytes: int) -> memoryview:
-        """A part of the arena. Raises Unavailable once closed, BlockOutOfRange."""
+        """A part of the arena, good for as long as it is used, closed or not. Raises Unavailable
+        once closed, BlockOutOfRange.
+        """
         return self._span(offset, size_bytes).data
 
     async def write(
@@ -99,14 +87,6 @@ class ShmTransport:
     def close(self) -> None:
         """See Transport. The kernel unmaps when the last copy in flight lets go."""
         self._closed = True
-        self._give_up_if_idle()
-
-    def _give_up_if_idle(self) -> None:
-        if not self._closed or self._lent:
-            return
-        unpin, self._unpin = self._unpin, None
-        if unpin is not None:
-            unpin()
         self._arena = np.empty(0, dtype=np.uint8)
 
     def _span(self, offset: int, size_bytes: int) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 
 import pytest
 
@@ -31,13 +32,13 @@ async def client_of(shared_store):
     """Makes clients of an engine's pool."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def make(engine, transport):
+        async def make(engine, transport, pages=None):
             client = await KvStoreClient.connect(
                 shared_store.address,
                 worker_id=f"worker-{random.getrandbits(64):x}",
                 layout=KvLayout(SPEC.fingerprint, TOKENS, SPEC.block_bytes),
                 transport=transport,
-                pages=EnginePages(engine),
+                pages=pages or EnginePages(engine),
             )
             stack.push_async_callback(client.close)
             return client
@@ -86,5 +87,38 @@ async def test_blocks_go_from_pages_to_pages(client_of, awaited, writes, reads):
         for page in targets[at]:
             target.export_page(page, 0, SPEC.num_layers, memoryview(out))
             assert bytes(out) == contents[at]
+    for page in targets[4]:
+        target.export_page(page, 0, SPEC.num_layers, memoryview(out))
+        assert bytes(out) == bytes(SPEC.block_bytes), "a damaged block does not touch its page"
     assert (await awaited(reader, lease, [keys[4]]))[1] == [keys[4]], "it was given up"
     await writer.release([lease])
+
+
+class PinningPages(EnginePages):
+    """Tells in which threads memory was pinned and unpinned."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.pinned_in, self.unpinned_in = [], []
+
+    def pin(self, memory):
+        self.pinned_in.append(threading.current_thread())
+        return lambda: self.unpinned_in.append(threading.current_thread())
+
+
+async def test_nothing_is_pinned_or_unpinned_on_the_event_loop(client_of):
+    engine = make_engine()
+    pages = PinningPages(engine)
+    client = await client_of(engine, "shm", pages)
+    assert pages.pinned_in == [], "the arena itself is not"
+    key = random.randbytes(32)
+    lease = await client.grant_lease("test", 10_000)
+    (reservation,) = await client.reserve(lease, [BlockSpec(key, SPEC.block_bytes, TOKENS)])
+    hasher = BlockHasher(key, TOKENS, client.layout.fingerprint, SPEC.block_bytes)
+    part = PagePart(key, reservation, 0, 0, SPEC.num_layers, hasher)
+    await client.put_pages(lease, [part])
+    assert (len(pages.pinned_in), pages.unpinned_in) == (1, [])
+    await client.release([lease])
+    await client.close()
+    assert len(pages.unpinned_in) == 1
+    assert threading.current_thread() not in pages.pinned_in + pages.unpinned_in

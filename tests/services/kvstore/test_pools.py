@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 
 from splitserve.engine.fake_shared import SharedFakeEngine
-from splitserve.errors import InvalidRequest
+from splitserve.errors import InvalidRequest, LeaseEnded
 from splitserve.kv.client import KvStoreClient
 from splitserve.kv.codec import BlockHasher
 from splitserve.kv.layout import BlockSpec, KvLayout
@@ -131,7 +132,14 @@ async def test_a_block_is_read_in_its_page_and_gone_when_let_go(worker, awaited,
     assert await until(all_gone) < 1.0
 
 
-async def test_layers_are_copied_ahead_of_the_commit(worker, awaited):
+def mapped(reader, partial):
+    async def are_copied():
+        return all(await reader.client.copy_ahead(partial, [[0]] * len(partial), [0]))
+
+    return are_copied
+
+
+async def test_layers_are_copied_ahead_of_the_commit(worker, awaited, until):
     writer, reader = await worker(), await worker(keeps_blocks=False)
     (key,) = keys_of(1)
     lease = await writer.client.grant_lease("test", 10_000)
@@ -150,7 +158,12 @@ async def test_layers_are_copied_ahead_of_the_commit(worker, awaited):
     await writer.client.report_layers(lease, share, [(key, 3, 2)])
     assert await asyncio.wait_for(decided.get(), 5) == ([], [])
     assert [(block.key, block.num_layers) for block in partial] == [(key, 2)]
-    await reader.client.copy_ahead(partial, [[5]], [0])
+    unknown = replace(partial[0], pool_page=replace(partial[0].pool_page, pool_id=1))
+    await until(mapped(reader, partial))
+    blocks = [unknown, *partial]
+    async with asyncio.timeout(0.5):  # no pool is waited for
+        assert await reader.client.copy_ahead(blocks, [[4], [5]], [0, 0]) == [False, True]
+    assert reader.content(4) == bytes(len(content))
     assert reader.content(5) == content[: 2 * layer] + bytes(2 * layer)
     await writer.client.share_pages(lease, share, [(key, 16, 3)])
     (block,), _ = await asyncio.wait_for(decided.get(), 5)
@@ -290,3 +303,12 @@ async def test_after_a_restart_the_pool_is_shared_anew(worker, own_store):
     with pytest.raises(InvalidRequest, match="not shared now"):
         await writer.client.share_pages(lease, before, [(key, 16, 1)])
     await writer.client.share_pages(lease, after, [(key, 16, 1)])
+
+
+async def test_the_store_tells_whether_a_lease_is_live(worker):
+    writer = await worker()
+    lease = await writer.client.grant_lease("test", 10_000)
+    await writer.client.check_lease(lease)
+    await writer.client.release([lease])
+    with pytest.raises(LeaseEnded):
+        await writer.client.check_lease(lease)

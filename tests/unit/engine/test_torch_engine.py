@@ -95,6 +95,7 @@ def run(
     return result, core
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=6, deadline=None)
 @given(

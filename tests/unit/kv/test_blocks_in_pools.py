@@ -134,6 +134,33 @@ def test_a_pool_takes_its_blocks_with_it(world):
     world.table.drop_pool(3)
 
 
+def test_reserved_anew_before_it_is_whole_it_gets_space(world):
+    world.reserve("a", 1)
+    (answer,) = world.reserve("a", 1, stays=False)
+    assert answer.outcome is WRITE
+    assert answer.block.extent is not None
+    assert world.table.num_reserved == 1
+    world.table.commit("a", [(key(1), DIGEST)])
+
+
+def test_shared_again_it_must_be_the_same_at_the_same_place(world):
+    world.reserve("a", 1, 2)
+    place = PoolPlace(1, page=7, share_id=1, lease_id="a")
+    first, second = (key(1), DIGEST, place), (key(2), DIGEST, place)
+    world.table.share("a", [first])
+    world.table.share("a", [first, second, second])
+    assert world.table.num_reserved == 0
+    assert world.table.num_committed == 2
+    for other in (
+        (key(1), b"e" * 16, place),
+        (key(1), DIGEST, PoolPlace(1, page=8, share_id=1, lease_id="a")),
+    ):
+        with pytest.raises(LeaseEnded):
+            world.table.share("a", [other])
+    with pytest.raises(LeaseEnded):
+        world.table.share("b", [first])
+
+
 def test_a_commit_must_fit_the_reservation(world):
     world.reserve("a", 1)
     with pytest.raises(InvalidRequest, match="must be set"):

@@ -1,11 +1,26 @@
-"""Work is cut into slices that lose nothing."""
+"""Work is cut into slices that lose nothing, and whatever else writes to the arena does no harm."""
 
+import math
+import os
+import random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitserve.kv import page_mover
+from splitserve.kv.codec import BlockHasher, block_digest
 from splitserve.kv.copier import Copier
-from splitserve.kv.layout import KvLayout
-from splitserve.kv.page_mover import PageMover
+from splitserve.kv.layout import KvLayout, Lease, ReadableBlock, Reservation, ReservationState
+from splitserve.kv.page_mover import PageMover, PagePart
+from splitserve.kv.transports.handle import Handle
+from splitserve.kv.transports.shm import ShmTransport
+
+BLOCK_BYTES = 1 << 20
+PARTS = 6
+ARENA_BYTES = PARTS * BLOCK_BYTES
+LAYOUT = KvLayout(b"m" * 32, 16, BLOCK_BYTES)
+LEASE = Lease("id", 1, "here")
 
 
 @given(
@@ -25,3 +40,137 @@ def test_slices_are_all_items_in_order(count, item_bytes, threads):
     assert max(sizes) - min(sizes) <= 1
     if len(slices) > 1:
         assert count * item_bytes > 1 << 20, "one thread does for less than a MiB"
+
+
+class StubPages:
+    """Pages of one layer each in host memory. `before_insert` runs before pages are overwritten."""
+
+    layer_bytes = BLOCK_BYTES
+    shared = None
+
+    def __init__(self):
+        self.content = {}
+        self.before_insert = lambda: None
+        self.after_export = lambda: None
+
+    def export_pages(self, pages, first_layer, end_layer, outs):
+        for page, out in zip(pages, outs, strict=True):
+            out[:] = self.content[page]
+        self.after_export()
+
+    def insert_pages(self, pages, contents):
+        self.before_insert()
+        for page, content in zip(pages, contents, strict=True):
+            self.content[page] = bytes(content)
+
+    def pin(self, memory):
+        return lambda: None
+
+
+class DamagingHasher(BlockHasher):
+    """Has a stale write land in the arena just before it takes the digest."""
+
+    damage = None
+
+    def update(self, content):
+        self.damage()
+        super().update(content)
+
+
+class Rig:
+    """A writer and a reader with an arena between them."""
+
+    def __init__(self):
+        self.copier = Copier(threads=1)
+        self.source, self.target = StubPages(), StubPages()
+        self.writer = PageMover(self.source, self.copier, LAYOUT)
+        self.reader = PageMover(self.target, self.copier, LAYOUT)
+        fd = os.memfd_create("arena")
+        os.ftruncate(fd, ARENA_BYTES)
+        self.transport = ShmTransport(Handle(fd, 1, ARENA_BYTES), self.copier)
+        self.hashers = {}
+
+    def part(self, page, hasher=BlockHasher):
+        key = bytes([page]) * 32
+        self.source.content[page] = random.Random(page).randbytes(BLOCK_BYTES)
+        self.hashers[key] = made = hasher(key, 16, LAYOUT.fingerprint, BLOCK_BYTES)
+        place = Reservation(ReservationState.WRITE, page * BLOCK_BYTES, BLOCK_BYTES)
+        return PagePart(key, place, page, 0, 1, made)
+
+    async def put(self, *parts, begin_by_s=math.inf):
+        return await self.writer.put(self.transport, LEASE, parts, begin_by_s)
+
+    async def take(self, *parts):
+        blocks = [
+            ReadableBlock(
+                part.key,
+                part.reservation.arena_offset,
+                BLOCK_BYTES,
+                self.hashers[part.key].digest(),
+                16,
+            )
+            for part in parts
+        ]
+        targets = [[part.page] for part in parts]
+        return await self.reader.take(self.transport, LEASE, blocks, targets)
+
+    def damage(self):
+        self.transport.arena[BLOCK_BYTES + 5] ^= 1
+
+
+@pytest.fixture
+def rig():
+    rig = Rig()
+    yield rig
+    rig.transport.close()
+    rig.copier.close()
+    rig.writer.close()
+    rig.reader.close()
+
+
+async def test_a_stale_write_before_the_digest_is_found_by_the_reader(rig):
+    good, bad = rig.part(0), rig.part(1, DamagingHasher)
+    bad.hasher.damage = rig.damage
+    assert await rig.put(good, bad) == 2
+    content = rig.source.content[1]
+    assert bad.hasher.digest() == block_digest(bad.key, 16, LAYOUT.fingerprint, content)
+    rig.target.content[1] = b"as it was"
+    assert await rig.take(good, bad) == [True, False]
+    assert rig.target.content == {0: rig.source.content[0], 1: b"as it was"}
+
+
+async def test_a_stale_write_during_the_export_does_not_get_into_the_digest(rig):
+    part = rig.part(1)
+    rig.source.after_export = rig.damage
+    await rig.put(part)
+    assert part.hasher.digest() == block_digest(
+        part.key, 16, LAYOUT.fingerprint, rig.source.content[1]
+    )
+    assert await rig.take(part) == [True]
+
+
+async def test_an_extent_that_is_reused_after_the_check_does_no_harm(rig):
+    part = rig.part(1)
+    await rig.put(part)
+    rig.target.before_insert = rig.damage
+    assert await rig.take(part) == [True]
+    assert rig.target.content == {1: rig.source.content[1]}
+
+
+async def test_no_copy_to_the_arena_begins_too_late_and_the_rest_can_follow(rig, monkeypatch):
+    parts = [rig.part(page) for page in range(PARTS)]
+    now = [0.0]
+    monkeypatch.setattr(page_mover.time, "monotonic", lambda: now[0])
+
+    def later():
+        now[0] += 1
+
+    rig.source.after_export = later
+    fitting = await rig.put(*parts, begin_by_s=2.0)
+    assert 0 < fitting < PARTS, "the second batch came too late"
+    assert bytes(rig.transport.arena[fitting * BLOCK_BYTES :]) == bytes(
+        ARENA_BYTES - fitting * BLOCK_BYTES
+    )
+    assert await rig.put(*parts[fitting:]) == PARTS - fitting
+    assert await rig.take(*parts) == [True] * PARTS
+    assert rig.target.content == rig.source.content

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TOY = Path(__file__).with_name("toy_rank.py")
 START_S = 40.0
 END_S = 2.0

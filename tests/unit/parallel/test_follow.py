@@ -18,6 +18,8 @@ from splitserve.parallel.leader import Leader
 from splitserve.parallel.rendezvous import LOOPBACK, ParallelConfig
 from splitserve.sampling import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 JOIN_S = 20.0
 DRAW = Draw(SamplingParams(), 0, 0, (), ())
 

@@ -8,7 +8,14 @@ import pytest
 
 from services.prefill.hand_over import HandOver
 from splitserve.engine.fake import FakeEngine
-from splitserve.errors import LeaseEnded, Overloaded, SplitserveError
+from splitserve.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseEnded,
+    Overloaded,
+    SplitserveError,
+    Unavailable,
+)
 from splitserve.kv.codec import block_digest
 from splitserve.kv.layout import BlockSpec, KvLayout, Lease, Reservation, ReservationState
 from splitserve.kv.page_mover import PagePart
@@ -46,6 +53,13 @@ class StubStore:
         self.gate = asyncio.Event()
         self.gate.set()
         self.fault: dict[str, SplitserveError] = {}
+        self.no_room: set[bytes] = set()
+        self.sharing = asyncio.Event()
+        self.sharing_gate = asyncio.Event()
+        self.sharing_gate.set()
+        self.num_checks = 0
+        self.checks_gate = asyncio.Event()
+        self.checks_gate.set()
 
     def open_share(self, listener: ShareListener) -> PoolShare | None:
         self.listener = listener
@@ -59,6 +73,8 @@ class StubStore:
     ) -> list[Reservation]:
         await self.gate.wait()
         self._fail("reserve")
+        if self.no_room.intersection(block.key for block in blocks) and share is None:
+            raise Overloaded("full")
         self.specs = list(blocks)
         answers = [Reservation(self.states[b.key], 0, b.size_bytes) for b in blocks]
         return [
@@ -87,6 +103,8 @@ class StubStore:
     async def share_pages(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
     ) -> None:
+        self.sharing.set()
+        await self.sharing_gate.wait()
         self._fail("share")
         assert share == PoolShare(1, 7)
         self.shared.update((key, (num_tokens, page)) for key, num_tokens, page in blocks)
@@ -98,19 +116,25 @@ class StubStore:
     async def abandon(self, lease: Lease, keys: Iterable[bytes]) -> None:
         self.abandoned += keys
 
+    async def check_lease(self, lease: Lease) -> None:
+        self.num_checks += 1
+        await self.checks_gate.wait()
+        self._fail("check")
+
     def _fail(self, method: str) -> None:
         if method in self.fault:
             raise self.fault[method]
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(self, ask_every_s: float = 60.0) -> None:
         self.store = StubStore()
         self.hand_over = HandOver(
             LEASE,
             prompt_tokens=10,
             spec=SPEC,
             open_store=self.open_store,
+            ask_every_s=ask_every_s,
         )
 
     async def open_store(self, lease: Lease) -> StubStore:
@@ -270,12 +294,139 @@ async def test_cancel_gives_up_what_stays_in_the_pool(rig: Rig) -> None:
     assert rig.store.listener is None
 
 
-async def test_what_is_wanted_and_finds_no_room_is_abandoned(rig: Rig) -> None:
+async def test_what_is_wanted_and_finds_no_room_is_abandoned_alone(rig: Rig) -> None:
     rig.store.shares = True
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.until(lambda: len(rig.store.shared) == 3)
-    rig.store.fault["reserve"] = Overloaded("full")
+    rig.store.no_room = {KEYS[2]}
     rig.hand_over.wanted([KEYS[2]])
-    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    await rig.until(lambda: rig.store.abandoned == [KEYS[2]])
     assert isinstance(rig.hand_over.stats.error, Overloaded)
+    rig.hand_over.wanted([KEYS[1]])
+    await rig.until(lambda: KEYS[1] in rig.store.committed)
+    rig.hand_over.gone([KEYS[0]])
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert rig.store.abandoned == [KEYS[2]]
+    assert list(rig.store.committed) == [KEYS[1]]
+
+
+async def test_a_share_lost_before_a_commit_sends_what_is_not_whole_to_the_arena(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.hand_over.begin(KEYS, PAGES, 1)
+    rig.hand_over.layers_done(1, 2, 0, 2)
+    await rig.until(lambda: KEYS[0] in rig.store.shared and len(rig.store.reported) == 1)
+    rig.hand_over.lost()
+    await rig.finish()
+    assert list(rig.store.shared) == [KEYS[0]], "nothing is shared after it"
+    assert rig.store.committed == {KEYS[1]: digest_of(1), KEYS[2]: digest_of(2)}
+    assert rig.store.abandoned == []
+    assert rig.hand_over.stats.error is None
+
+
+async def test_a_share_lost_before_the_reservation_is_answered(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.until(lambda: rig.store.listener is not None)
+    rig.hand_over.lost()
+    rig.store.gate.set()
+    await rig.finish()
+    assert rig.store.shared == {}
+    assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
+
+
+async def test_without_room_what_a_lost_share_leaves_is_given_up(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.no_room = {KEYS[2]}
+    rig.hand_over.begin(KEYS, PAGES, 2)
+    await rig.until(lambda: len(rig.store.shared) == 2)
+    rig.hand_over.lost()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert rig.store.abandoned == [KEYS[2]]
+    assert rig.store.committed == {}
+
+
+async def test_a_share_lost_during_a_commit_that_succeeds_keeps_no_page(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.sharing_gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.store.sharing.wait()
+    rig.hand_over.lost()
+    rig.store.sharing_gate.set()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert len(rig.store.shared) == 3
+    assert rig.store.committed == {}
+
+
+async def test_a_share_lost_during_a_commit_that_fails_writes_to_the_arena(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.sharing_gate.clear()
+    rig.store.fault["share"] = InvalidRequest.single("blocks.pool_page", "not shared now")
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.store.sharing.wait()
+    rig.hand_over.wanted([KEYS[1]])
+    rig.hand_over.lost()
+    rig.store.sharing_gate.set()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
+    assert rig.hand_over.stats.error is None
+
+
+async def test_a_commit_that_the_store_refuses_ends_the_hand_over(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.fault["share"] = InvalidRequest.single("blocks.pool_page", "not shared now")
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert rig.hand_over.stats.error is rig.store.fault["share"]
     assert sorted(rig.store.abandoned) == KEYS
+
+
+async def test_a_share_lost_after_a_commit_keeps_no_page(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.until(lambda: len(rig.store.shared) == 3)
+    rig.hand_over.lost()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert rig.store.abandoned == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_fault"),
+    [
+        (LeaseEnded("over"), False),
+        (Unavailable("gone"), True),
+        (DeadlineExceeded("late"), True),
+        (None, True),
+    ],
+)
+async def test_pages_are_kept_no_longer_than_the_store_vouches_for_the_lease(
+    fault: SplitserveError | None, is_fault: bool
+) -> None:
+    rig = Rig(ask_every_s=0.001)
+    rig.store.shares = True
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.until(lambda: rig.store.num_checks > 2)
+    assert not rig.hand_over.stats.error
+    if fault is None:  # the store hangs
+        rig.store.checks_gate.clear()
+    else:
+        rig.store.fault["check"] = fault
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert isinstance(rig.hand_over.stats.error, Unavailable) is is_fault
+    assert rig.store.abandoned == [], "a store that hangs is not waited for again"
+    assert rig.store.listener is None
+
+
+async def test_the_lease_is_not_asked_for_while_layers_are_computed() -> None:
+    rig = Rig(ask_every_s=0.0)
+    rig.store.shares = True
+    rig.store.fault["check"] = LeaseEnded("over")
+    rig.hand_over.begin(KEYS, PAGES, 2)
+    await rig.until(lambda: len(rig.store.shared) == 2)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert rig.store.num_checks == 0
+    rig.hand_over.complete()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert len(rig.store.shared) == 3
+    assert rig.store.num_checks == 1

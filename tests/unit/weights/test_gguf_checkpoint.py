@@ -215,6 +215,7 @@ def test_the_real_model(model_path):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_the_real_model_equals_the_gguf_library(model_path):
     """Names and values of one layer and of what is outside of layers; what transformers makes of
     the whole is compared end to end.
