@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
@@ -205,6 +206,8 @@ def parse_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r}: torch sees no GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r}: torch sees {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ConfigError(f"device {name!r} needs triton: pip install 'splitserve[engine,gpu]'")
     return device
 
 

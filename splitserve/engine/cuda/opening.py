@@ -74,7 +74,7 @@ def _attention(memory: PageMemory, model: Decoder) -> TritonAttention:
 
 
 def graph_shapes(max_batch: int) -> list[StepShape]:
-    """Steps that decode, padded by an eighth at most, and steps that compute short chunks of
+    """Steps that decode, padded by three rows or an eighth, and steps that compute short chunks of
     prompts beside.
 
     Without a graph a step costs the host some milliseconds. Chunks of more rows than those here
