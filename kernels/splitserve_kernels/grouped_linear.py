@@ -22,8 +22,6 @@ from splitserve_kernels.small_tiles import (
 )
 
 MAX_EXPERTS = 1024
-MOST_ROWS_EACH = 16
-"""On average, to be better than the library's product."""
 
 
 def grouped_linear(
@@ -89,14 +87,6 @@ def grouped_linear_reference(x: Tensor, weights: Tensor, expert_offsets: Tensor)
     for weight, first, end in zip(weights, bounds, bounds[1:], strict=False):
         out[first:end] = x[first:end].float() @ weight.float().t()
     return out
-
-
-def choose_grouped(rows: int, experts: int, n: int, k: int, dtype: torch.dtype) -> TilePlan | None:
-    """The plan for `rows` in all, or None where the library's grouped product is faster."""
-    if dtype not in (torch.bfloat16, torch.float16) or k % 128 or n % 64:
-        return None
-    share = -(-rows // experts)
-    return None if share > MOST_ROWS_EACH else any_plan(rows, experts, dtype)
 
 
 def any_plan(rows: int, experts: int, dtype: torch.dtype) -> TilePlan:

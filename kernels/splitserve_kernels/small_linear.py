@@ -36,7 +36,6 @@ def small_linear(
     *,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    accumulate: bool = False,
     plan: TilePlan | None = None,
     early: bool = True,
 ) -> Tensor:
@@ -46,7 +45,6 @@ def small_linear(
     weight: (n, k) of the same type, contiguous
     bias: (n,) of the same type
     out: (m, n) of the same type, contiguous in the last dimension; made if None
-    accumulate: add to what `out` holds, a residual stream, before rounding
     plan: how to cut the product; measured choice, or a fair guess, if None
     early: use programmatic dependent launch where the device has it
 
@@ -54,7 +52,7 @@ def small_linear(
     """
     out = _checked_out(x, weight, bias, out, weight.shape[0] if weight.dim() == 2 else 0)
     plan = plan or _plan(x, weight, gated=False)
-    multiply(x, weight, out, plan, bias=bias, accumulate=accumulate, early=early)
+    multiply(x, weight, out, plan, bias=bias, early=early)
     return out
 
 

@@ -30,7 +30,6 @@ def small_linear_fp8(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    accumulate: bool = False,
     plan: TilePlan | None = None,
     early: bool = True,
 ) -> Tensor:
@@ -42,7 +41,7 @@ def small_linear_fp8(
     scales: (n,) or (n, 1) fp32, contiguous
     bias: (n,) of the output's type
     out: (m, n), contiguous in the last dimension; made of `out_dtype` if None
-    accumulate, plan, early: see `small_linear`
+    plan, early: see `small_linear`
 
     Raises `ValueError` for shapes and types that do not go together.
     """
@@ -58,7 +57,6 @@ def small_linear_fp8(
         bias=bias,
         steps=steps,
         scales=scales,
-        accumulate=accumulate,
         early=early,
     )
     return out

@@ -37,7 +37,6 @@ def multiply(
     steps: Tensor | None = None,
     scales: Tensor | None = None,
     gate: Activation | None = None,
-    accumulate: bool = False,
     early: bool = True,
 ) -> None:
     """Write x @ weight^T, scaled, biased, gated, added to, into `out`, in this order.
@@ -77,7 +76,6 @@ def multiply(
         GATE=gate or "",
         HAS_BIAS=bias is not None,
         SCALED=steps is not None,
-        ACCUMULATE=accumulate,
         EVEN_N=n % plan.block_n == 0,
         EVEN_K=k % plan.block_k == 0,
         TMA=plan.tma,
@@ -116,7 +114,6 @@ def _multiply(
     GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
@@ -185,7 +182,6 @@ def _multiply(
             GATE,
             HAS_BIAS,
             SCALED,
-            ACCUMULATE,
         )
     else:
         parts: tl.constexpr = 1 if GATE == "" else 2
@@ -212,7 +208,6 @@ def _multiply(
                 GATE,
                 HAS_BIAS,
                 SCALED,
-                ACCUMULATE,
             )
 
 
@@ -245,9 +240,8 @@ def _store(
     GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
 ) -> None:
-    """Scale, bias, gate, add and round sums (columns, rows); each goes to [row, column]."""
+    """Scale, bias, gate and round sums (columns, rows); each goes to [row, column]."""
     rows = tl.arange(0, acc.shape[1])
     if SCALED:
         row_steps = tl.load(steps + rows, mask=rows < m, other=0.0)[None, :]
@@ -260,8 +254,6 @@ def _store(
         acc = activate(acc, GATE) * up
     places = out + rows[None, :] * out_stride + columns[:, None]
     mask = (rows < m)[None, :] & (columns < n)[:, None]
-    if ACCUMULATE:
-        acc += tl.load(places, mask=mask, other=0.0).to(tl.float32)
     tl.store(places, acc.to(out.dtype.element_ty), mask=mask)
 
 

@@ -3,7 +3,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from splitserve_kernels.grouped_linear import (
-    choose_grouped,
     grouped_linear,
     grouped_linear_reference,
 )
@@ -54,12 +53,6 @@ def test_any_sides(counts: list[int], n: int, k: int, block_m: int, spare: int) 
 @pytest.mark.parametrize("counts", [[2, 0, 7], [100, 20, 90], [300]])
 def test_the_plans_that_are_chosen(counts: list[int]) -> None:
     check(counts, 130, 70, torch.float16, None)
-
-
-def test_what_is_chosen() -> None:
-    assert choose_grouped(16, 8, 28672, 4096, torch.bfloat16) is not None
-    assert choose_grouped(4096, 8, 28672, 4096, torch.bfloat16) is None
-    assert choose_grouped(16, 8, 28672, 4096, torch.float32) is None
 
 
 def test_wide_offsets_and_views() -> None:

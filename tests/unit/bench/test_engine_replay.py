@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import abc
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -23,11 +25,14 @@ class CountingEngine(FakeEngine):
         self.sequences: list[int] = []
         self.longest_prompt = 0
         self.drawn = 0
+        self.before_first: Callable[[], object] = lambda: None
         self._fail_at = fail_at
 
     def step(
         self, slices: abc.Sequence[Slice], layers_done: LayersDone | None = None
     ) -> list[list[DrawnToken]]:
+        if not self.sequences:
+            self.before_first()
         self.sequences.append(len(slices))
         if len(self.sequences) == self._fail_at:
             raise RuntimeError("device lost")
@@ -68,8 +73,17 @@ def test_every_token_is_stamped(bench: EngineReplay) -> None:
 def test_no_more_are_in_flight_than_the_pacing_says(
     bench: EngineReplay, engine: CountingEngine
 ) -> None:
+    # The first step waits for the second request, so that there are two to be computed.
+    submit, submitted = bench._submit, threading.Semaphore(0)
+
+    def counted(*arguments: Any) -> None:
+        submit(*arguments)
+        submitted.release()
+
+    bench._submit = counted  # type: ignore[method-assign]
+    engine.before_first = lambda: [submitted.acquire(timeout=10) for _ in range(2)]
     bench.run(ITEMS, closed_loop(len(ITEMS), 2), seed=1)
-    assert max(engine.sequences) <= 2
+    assert max(engine.sequences) == 2
 
 
 def test_static_batches_are_padded_and_wait_for_their_longest(
