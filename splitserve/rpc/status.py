@@ -66,8 +66,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> SplitserveError:
     """The error that a failed call tells of.
 
     The class is the one the far side raised, or else what the code alone says: a peer that is
-    gone is Unavailable, a passed deadline DeadlineExceeded. A code that fits no class gives a
-    SplitserveError with that code.
+    gone or going is Unavailable, a passed deadline DeadlineExceeded. A code that fits no class
+    gives a SplitserveError with that code.
     """
     status = _rich_status(error)
     message = error.details() or error.code().name.lower().replace("_", " ")
@@ -167,7 +167,9 @@ _KINDS_BY_CODE: dict[grpc.StatusCode, type[SplitserveError]] = {
     grpc.StatusCode.PERMISSION_DENIED: errors.Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: errors.RequestCancelled,
+    # Who cancels a call is not told of it by its status. A server that begins to stop gives this to
+    # calls that it has not yet taken (grpc/grpc#41785): it is no longer there for them.
+    grpc.StatusCode.CANCELLED: errors.Unavailable,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.OUT_OF_RANGE: errors.BlockOutOfRange,
     grpc.StatusCode.DATA_LOSS: errors.BlockCorrupt,

@@ -118,7 +118,7 @@ async def test_a_full_queue_says_when_to_come_back(prefill, stub, pages_free):
 
 
 @pytest.mark.parametrize(
-    "prefill", [("--fake-step-ms", "100", "--max-step-tokens", "80")], indirect=True
+    "prefill", [("--fake-step-ms", "200", "--max-step-tokens", "80")], indirect=True
 )
 async def test_drain_answers_what_it_has(suite, prefill, stub):
     prompt = list(range(1, 401))

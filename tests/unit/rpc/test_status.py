@@ -73,7 +73,7 @@ def test_retry_delay_survives_the_wire(sent: float | None, got: float | None) ->
     [
         (grpc.StatusCode.UNAVAILABLE, errors.Unavailable),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
-        (grpc.StatusCode.CANCELLED, errors.RequestCancelled),
+        (grpc.StatusCode.CANCELLED, errors.Unavailable),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.Overloaded),
         (grpc.StatusCode.PERMISSION_DENIED, errors.Unauthenticated),
         (grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidRequest),
@@ -107,11 +107,11 @@ def test_details_that_do_not_parse_are_left_aside() -> None:
 def test_reason_of_another_code_is_not_believed() -> None:
     wire = to_proto(errors.WorkerLost("gone"))
     lying = grpc.aio.AioRpcError(
-        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.aio.Metadata(),
         grpc.aio.Metadata((status.DETAILS_KEY, wire.SerializeToString())),
     )
-    assert type(error_from_rpc(lying)) is errors.RequestCancelled
+    assert type(error_from_rpc(lying)) is errors.DeadlineExceeded
 
 
 @settings(max_examples=30, deadline=None)
