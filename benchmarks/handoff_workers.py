@@ -137,7 +137,9 @@ class _Router:
             )
             one.arrivals.append(time.perf_counter())
             start = decode_pb2.Start(
-                request_id=one.request_id, first_token_ids=[answer.first_tokens[0].token.id]
+                request_id=one.request_id,
+                first_token_ids=[answer.first_tokens[0].token.id],
+                kv_receipt=answer.kv_receipt if answer.HasField("kv_receipt") else None,
             )
             await self._attach.write(decode_pb2.AttachRequest(start=start))
             async with asyncio.timeout(ROUND_S):

@@ -37,6 +37,7 @@ from splitserve.errors import (
     SplitserveError,
     Unavailable,
 )
+from splitserve.kv.receipt import KvReceipt
 from splitserve.sampling import SamplingLimits
 from splitserve.v1 import decode_pb2
 from splitserve.worker.block_loader import BlockLoader
@@ -186,9 +187,12 @@ class Session:
         if fault:
             self._fail(request, InvalidRequest.single("start", fault))
             return
+        receipt = None
+        if message.HasField("kv_receipt"):
+            receipt = KvReceipt.from_proto(message.kv_receipt)
         request.started = True
         if request.loader:
-            request.loader.prefill_done()
+            request.loader.prefill_done(receipt)
         for choice, sequence in list(request.choices.items()):
             self._start_choice(request, choice, sequence, message.first_token_ids[choice])
         self._forget_if_ended(request)

@@ -32,7 +32,8 @@ class Block:
     """One block. `writer` is set while it is reserved, `digest` once it is committed.
 
     Its bytes are in the arena if it has an extent, else in a pool: at `pool`, once committed, and
-    as far as `partial` says before.
+    as far as `partial` says before. `read_early` are leases that need it no more, though it is yet
+    to be committed in its pool.
     """
 
     key: bytes
@@ -45,6 +46,7 @@ class Block:
     holders: set[str] = field(default_factory=set)
     pool: PoolPlace | None = None
     partial: PartialBlock | None = None
+    read_early: set[str] = field(default_factory=set)
 
     @property
     def arena_bytes(self) -> int:

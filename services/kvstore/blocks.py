@@ -133,6 +133,7 @@ class BlockTable:
                 answers.append(Reserved(ReserveOutcome.WRITE, block))
                 continue
             self._hold(lease_id, block)
+            block.read_early.discard(lease_id)
             if spec.key in extents:
                 self._give_space(lease_id, block, extents[spec.key])
             if block.committed:
@@ -185,6 +186,8 @@ class BlockTable:
             block.pool = place
             self._in_pool.setdefault(place.pool_id, set()).add(block.key)
             self._become_visible(block, digest)
+            for reader in block.read_early & block.holders:
+                self._unhold(reader, block)
 
     def abandon(self, lease_id: str, keys: Iterable[bytes]) -> None:
         """Drops those of `keys` that are reserved under the lease, or shared under it."""
@@ -201,15 +204,17 @@ class BlockTable:
             self._drop(self._blocks[key])
 
     def let_go(self, lease_id: str, keys: Iterable[bytes]) -> None:
-        """Ends the lease's hold on those of `keys` that are in pools."""
+        """Ends the lease's hold on those of `keys` that are in pools: at once, or for a block whose
+        commit is still on its way when it comes.
+        """
         for key in keys:
             block = self._blocks.get(key)
-            if block is None or block.pool is None or lease_id not in block.holders:
+            if block is None or lease_id not in block.holders:
                 continue
-            block.holders.discard(lease_id)
-            del self._held_by[lease_id][key]
-            if not block.holders:
-                self._rest(block)
+            if block.pool is not None:
+                self._unhold(lease_id, block)
+            elif block.extent is None:
+                block.read_early.add(lease_id)
 
     def drop_damaged(self, lease_id: str, key: bytes, digest: bytes) -> bool:
         """Takes a damaged block out of the table, so that its key can be reserved anew.
@@ -340,6 +345,12 @@ class BlockTable:
             self._leave_pool(block)
             block.pool, block.writer, block.digest = None, lease_id, b""
             self.num_reserved += 1
+
+    def _unhold(self, lease_id: str, block: Block) -> None:
+        block.holders.discard(lease_id)
+        del self._held_by[lease_id][block.key]
+        if not block.holders:
+            self._rest(block)
 
     def _leave_pool(self, block: Block) -> None:
         if block.pool is not None:

@@ -48,10 +48,14 @@ class BlockWriter(Protocol):
         """Tell how many layers of (key, page, num_layers) blocks in the pool are computed."""
         ...
 
+    async def seal_pages(self, blocks: Seq[tuple[bytes, int, int]]) -> list[bytes]:
+        """The digests of (key, num_tokens, page) blocks that stay in the pool."""
+        ...
+
     async def share_pages(
-        self, lease: Lease, share: PoolShare, blocks: Seq[tuple[bytes, int, int]]
+        self, lease: Lease, share: PoolShare, blocks: Seq[tuple[bytes, int, bytes]]
     ) -> None:
-        """Commit (key, num_tokens, page) blocks where they are."""
+        """Commit (key, page, digest) blocks where they are."""
         ...
 
     async def commit(self, lease: Lease, blocks: Iterable[tuple[bytes, bytes]]) -> None:

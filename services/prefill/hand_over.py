@@ -14,6 +14,9 @@ or for a store that does not answer. If someone who cannot map the pool waits fo
 the way of the others after all; so do blocks that are not whole yet when the pool's registration is
 lost. Those that were whole are lost with it.
 
+The decode worker is told of blocks that stay twice: by the store, and sooner by a receipt that goes
+with the first tokens. It is given once all of them are digested, before they are committed.
+
 The engine's thread only posts what is ready. Copies and digests run in the copier's threads, one
 round of them at a time: what becomes ready meanwhile is the next round. The compute waits for
 none of it.
@@ -30,6 +33,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from services.prefill.block_writer import BlockWriter, OpenStore
+from services.prefill.pending_receipt import PendingReceipt
 from splitserve.engine.protocol import EngineSpec
 from splitserve.errors import (
     DeadlineExceeded,
@@ -43,6 +47,7 @@ from splitserve.kv.codec import BlockHasher
 from splitserve.kv.layout import BlockSpec, Lease, Reservation
 from splitserve.kv.page_mover import PagePart
 from splitserve.kv.pool_sharing import PoolShare
+from splitserve.kv.receipt import KvReceipt
 
 BLOCKS_PER_ROUND = 64
 """Bounds the memory of one round of copies that go through buffers."""
@@ -50,6 +55,11 @@ BLOCKS_PER_ROUND = 64
 ASK_EVERY_S = 0.5
 """How often the lease is asked for while pages are kept for readers only, and how long the answer
 may take: together no page outlives its lease by more than a second.
+"""
+
+ANSWER_WITHIN_S = 0.005
+"""So long the last commit lets the first tokens go ahead: its message takes the loop longer to make
+than the answer does, and the decode worker waits for the answer alone.
 """
 
 _log = logging.getLogger(__name__)
@@ -79,6 +89,7 @@ class _Block:
     """0 <= written <= ready <= layers of the block. `reservation` is set until it is committed."""
 
     key: bytes
+    index: int
     page: int
     num_tokens: int
     ready: int = 0
@@ -113,6 +124,7 @@ class HandOver:
         self._shared: dict[bytes, _Block] = {}
         self._wanted: list[_Block] = []
         self._news = asyncio.Event()
+        self._receipt = PendingReceipt()
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
         self.stats = HandOverStats(lease_id=lease.lease_id)
@@ -146,6 +158,16 @@ class HandOver:
         if self._task:
             self._task.cancel()
 
+    def answered(self) -> None:
+        """The first tokens were sent: what waited for that goes on."""
+        self._receipt.answered()
+
+    async def receipt(self, within_s: float) -> KvReceipt | None:
+        """What stays in the pool, once that is whole and digested. None: nothing does, or it is
+        not within the time; the store will tell.
+        """
+        return await self._receipt.given(within_s) if self._task else None
+
     async def ended(self) -> None:
         """Wait until nothing here touches a page any more, and nobody else reads one."""
         if self._task:
@@ -165,6 +187,7 @@ class HandOver:
     def lost(self) -> None:
         """See `ShareListener.lost`. Nothing is shared from here on."""
         self._share = None
+        self._receipt.finish(None)
         self.gone(list(self._shared))
 
     def _begin(self, keys: Seq[bytes], pages: Seq[int], num_cached_blocks: int) -> None:
@@ -174,6 +197,7 @@ class HandOver:
         self._blocks = [
             _Block(
                 key=key,
+                index=index,
                 page=page,
                 num_tokens=min(block, self._prompt_tokens - index * block),
                 ready=layers if index < num_cached_blocks else 0,
@@ -194,6 +218,8 @@ class HandOver:
             self._share = store.open_share(self)
             try:
                 await self._reserve(store, self._blocks, self._share)
+                if not any(map(_stays, self._pending)):
+                    self._receipt.finish(None)
                 await self._hand_over_all(store)
             finally:
                 await self._abandon_rest(store)
@@ -204,6 +230,7 @@ class HandOver:
             self.stats.error = SplitserveError("the hand-over failed; the worker's log says why")
             _log.exception("the hand-over failed: %s", error)
         finally:
+            self._receipt.finish(None)
             self.stats.ended_ns = self.stats.ended_ns or time.time_ns()
 
     async def _reserve(
@@ -319,13 +346,33 @@ class HandOver:
         if self._share is not share:
             return
         if whole:
+            places = [(block.key, block.num_tokens, block.page) for block in whole]
+            digests = await store.seal_pages(places)
+            if self._share is not share:
+                return
+            await self._give_receipt(share, whole, digests)
             # News of them may come before the answer, that all are lost as well.
             self._shared.update((block.key, block) for block in whole)
-            places = [(block.key, block.num_tokens, block.page) for block in whole]
-            await store.share_pages(self._lease, share, places)
+            sealed = [(b.key, b.page, d) for b, d in zip(whole, digests, strict=True)]
+            try:
+                await store.share_pages(self._lease, share, sealed)
+            except LeaseEnded:
+                if not self._receipt.is_given:
+                    raise
+                # Who had the receipt has read the pages, and the lease was released for it.
+                self._shared.clear()
             self._committed(whole)
         for block, end in zip(blocks, ends, strict=True):
             block.written = end
+
+    async def _give_receipt(
+        self, share: PoolShare, whole: list[_Block], digests: list[bytes]
+    ) -> None:
+        """Note what was sealed; if it is the last, have the answer go out ahead of the commit."""
+        self._receipt.add((b.index, b.page, d) for b, d in zip(whole, digests, strict=True))
+        if not any(_stays(block) for block in self._pending if block not in whole):
+            self._receipt.finish(share)
+            await self._receipt.out(ANSWER_WITHIN_S)
 
     def _committed(self, blocks: list[_Block]) -> None:
         self.stats.num_blocks += len(blocks)

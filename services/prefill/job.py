@@ -12,8 +12,14 @@ from services.prefill.recorder import Recorder
 from splitserve.engine.core import EngineCore
 from splitserve.engine.sequence import Sequence, SequenceOutput
 from splitserve.errors import DeadlineExceeded
+from splitserve.kv.receipt import KvReceipt
 from splitserve.worker.block_loader import BlockLoader
 from splitserve.worker.relay import OutputRelay
+
+RECEIPT_WITHIN_S = 0.01
+"""So long the first tokens may wait for the digests of the last blocks. Then they go without a
+receipt, and the decode worker hears of the blocks from the store.
+"""
 
 
 class Job:
@@ -63,9 +69,15 @@ class Job:
         self._code = grpc.StatusCode.OK
         return output
 
+    async def receipt(self) -> KvReceipt | None:
+        """What the decode worker may read in this worker's pool, to be sent with the tokens."""
+        return await self._hand_over.receipt(RECEIPT_WITHIN_S) if self._hand_over else None
+
     async def close(self) -> None:
         """Stop what still runs, unless it is the hand-over of a computed prompt; free the pages."""
         self._relay.unsubscribe(self.sequence.id)
+        if self._hand_over:
+            self._hand_over.answered()
         if self._code is not grpc.StatusCode.OK:
             self._core.abort(self.sequence.id)
             if self._hand_over:

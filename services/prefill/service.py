@@ -31,6 +31,7 @@ from splitserve.errors import SplitserveError, Unavailable
 from splitserve.kv.client import KvStoreClient
 from splitserve.kv.keys import chain_keys, root_key
 from splitserve.kv.layout import Lease
+from splitserve.kv.receipt import KvReceipt
 from splitserve.rpc.deadline import remaining_s
 from splitserve.sampling import SamplingLimits, check_prompt
 from splitserve.v1 import prefill_pb2, prefill_pb2_grpc
@@ -95,9 +96,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         job = await self._job_of(request)
         try:
             output = await job.first_tokens(remaining_s(context))
+            receipt = await job.receipt()
         finally:
             self._close_later(job)
-        return _response(output)
+        return _response(output, receipt)
 
     async def _job_of(self, request: prefill_pb2.PrefillRequest) -> Job:
         bench = self._bench
@@ -184,7 +186,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             self._idle.set()
 
 
-def _response(output: SequenceOutput) -> prefill_pb2.PrefillResponse:
+def _response(output: SequenceOutput, receipt: KvReceipt | None) -> prefill_pb2.PrefillResponse:
     sequence = output.sequence
     queue_ns = sequence.scheduled_ns - sequence.submitted_ns
     compute_ns = sequence.first_token_ns - sequence.scheduled_ns
@@ -199,4 +201,5 @@ def _response(output: SequenceOutput) -> prefill_pb2.PrefillResponse:
         cached_tokens=sequence.num_cached,
         queue_ms=max(0, queue_ns) / 1e6,
         compute_ms=max(0, compute_ns) / 1e6,
+        kv_receipt=receipt.to_proto() if receipt else None,
     )

@@ -19,7 +19,7 @@ import grpc
 
 from services.router.workers import Worker
 from splitserve.errors import SplitserveError, WorkerLost
-from splitserve.v1 import decode_pb2, decode_pb2_grpc
+from splitserve.v1 import common_pb2, decode_pb2, decode_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +64,16 @@ class DecodeLink:
         self._sessions[submit.request_id] = session
         self._send(decode_pb2.AttachRequest(submit=submit))
 
-    def start(self, request_id: str, first_token_ids: list[int]) -> None:
-        """Give a request its first tokens."""
-        start = decode_pb2.Start(request_id=request_id, first_token_ids=first_token_ids)
+    def start(
+        self,
+        request_id: str,
+        first_token_ids: list[int],
+        kv_receipt: common_pb2.KvReceipt | None = None,
+    ) -> None:
+        """Give a request its first tokens, and the prefill worker's receipt if there is one."""
+        start = decode_pb2.Start(
+            request_id=request_id, first_token_ids=first_token_ids, kv_receipt=kv_receipt
+        )
         self._send(decode_pb2.AttachRequest(start=start))
 
     def cancel_choice(self, request_id: str, choice: int) -> None:

@@ -139,7 +139,9 @@ class Dispatcher:
                     answer = await self._prefill(plan.hand_over, request, name, session, avoid)
                     _first_tokens(answer, request, stream)
                     if not stream.finished:
-                        link.start(name, [first.token.id for first in answer.first_tokens])
+                        receipt = answer.kv_receipt if answer.HasField("kv_receipt") else None
+                        firsts = [first.token.id for first in answer.first_tokens]
+                        link.start(name, firsts, receipt)
                         _drop_ended(stream, session)
                     session.settle()
                 await session.done

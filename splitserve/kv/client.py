@@ -147,30 +147,34 @@ class KvStoreClient(BlockClient):
         if self._sharing is not None:
             self._sharing.close_share(share)
 
-    async def share_pages(
-        self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
-    ) -> None:
-        """Commits whole (key, num_tokens, page) blocks that were reserved to stay in the pool. The
-        pages must stay as they are until the listener is told that the blocks are gone.
+    async def seal_pages(self, blocks: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
+        """The digests of whole (key, num_tokens, page) blocks that were reserved to stay in the
+        pool. From here on the pages must stay as they are until the listener is told that the
+        blocks are gone, or they are given up.
         """
-        mover = self._pages_mover
-        shared = self._shared
+        return await self._pages_mover.seal(self._shared, blocks)
+
+    async def share_pages(
+        self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, bytes]]
+    ) -> None:
+        """Commits sealed (key, page, digest) blocks where they are."""
         await self._runs.of(lease)
-        with self._measured("device", "write", len(blocks) * self.layout.block_bytes):
-            digests = await mover.seal(shared, blocks)
-            request = kvstore_pb2.CommitBlocksRequest(
-                lease=lease.to_proto(),
-                blocks=[
-                    kvstore_pb2.BlockCommit(
-                        key=key,
-                        digest=digest,
-                        pool_page=PoolPage(share.pool_id, page, share.share_id).to_proto(),
-                    )
-                    for (key, _, page), digest in zip(blocks, digests, strict=True)
-                ],
-            )
-            with typed_errors():
-                await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
+        request = kvstore_pb2.CommitBlocksRequest(
+            lease=lease.to_proto(),
+            blocks=[
+                kvstore_pb2.BlockCommit(
+                    key=key,
+                    digest=digest,
+                    pool_page=PoolPage(share.pool_id, page, share.share_id).to_proto(),
+                )
+                for key, page, digest in blocks
+            ],
+        )
+        with (
+            self._measured("device", "write", len(blocks) * self.layout.block_bytes),
+            typed_errors(),
+        ):
+            await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
 
     async def report_layers(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
@@ -188,6 +192,10 @@ class KvStoreClient(BlockClient):
         )
         with typed_errors():
             await self._control.stub.ReportLayers(request, timeout=self._timeout_s)
+
+    def can_map(self, pool_id: int) -> bool:
+        """Whether blocks of the pool can be copied without a wait."""
+        return self._peers is not None and pool_id in self._peers.mapped
 
     async def copy_ahead(
         self,

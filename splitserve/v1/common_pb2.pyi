@@ -84,6 +84,20 @@ class KvLayout(_message.Message):
     block_bytes: int
     def __init__(self, model_fingerprint: _Optional[bytes] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
+class KvReceipt(_message.Message):
+    __slots__ = ("pool_id", "share_id", "block_indexes", "pages", "digests")
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARE_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_INDEXES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    pool_id: int
+    share_id: int
+    block_indexes: _containers.RepeatedScalarFieldContainer[int]
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    digests: bytes
+    def __init__(self, pool_id: _Optional[int] = ..., share_id: _Optional[int] = ..., block_indexes: _Optional[_Iterable[int]] = ..., pages: _Optional[_Iterable[int]] = ..., digests: _Optional[bytes] = ...) -> None: ...
+
 class LeaseRef(_message.Message):
     __slots__ = ("lease_id", "epoch", "store_address")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]

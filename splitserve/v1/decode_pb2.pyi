@@ -55,12 +55,14 @@ class ChoiceProgress(_message.Message):
     def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[bool] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("request_id", "first_token_ids")
+    __slots__ = ("request_id", "first_token_ids", "kv_receipt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    KV_RECEIPT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     first_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., first_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    kv_receipt: _common_pb2.KvReceipt
+    def __init__(self, request_id: _Optional[str] = ..., first_token_ids: _Optional[_Iterable[int]] = ..., kv_receipt: _Optional[_Union[_common_pb2.KvReceipt, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "choice")

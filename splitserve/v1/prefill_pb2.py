@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from splitserve.v1 import common_pb2 as splitserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsplitserve/v1/prefill.proto\x12\rsplitserve.v1\x1a\x1asplitserve/v1/common.proto\"\xab\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.splitserve.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12&\n\x05lease\x18\x05 \x01(\x0b\x32\x17.splitserve.v1.LeaseRef\"\x7f\n\x0fPrefillResponse\x12/\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x19.splitserve.v1.FirstToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_ms\x18\x03 \x01(\x01\x12\x12\n\ncompute_ms\x18\x04 \x01(\x01\"e\n\nFirstToken\x12#\n\x05token\x18\x01 \x01(\x0b\x32\x14.splitserve.v1.Token\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.splitserve.v1.FinishReason2Z\n\x0ePrefillService\x12H\n\x07Prefill\x12\x1d.splitserve.v1.PrefillRequest\x1a\x1e.splitserve.v1.PrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsplitserve/v1/prefill.proto\x12\rsplitserve.v1\x1a\x1asplitserve/v1/common.proto\"\xab\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.splitserve.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12&\n\x05lease\x18\x05 \x01(\x0b\x32\x17.splitserve.v1.LeaseRef\"\xc1\x01\n\x0fPrefillResponse\x12/\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x19.splitserve.v1.FirstToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_ms\x18\x03 \x01(\x01\x12\x12\n\ncompute_ms\x18\x04 \x01(\x01\x12\x31\n\nkv_receipt\x18\x05 \x01(\x0b\x32\x18.splitserve.v1.KvReceiptH\x00\x88\x01\x01\x42\r\n\x0b_kv_receipt\"e\n\nFirstToken\x12#\n\x05token\x18\x01 \x01(\x0b\x32\x14.splitserve.v1.Token\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.splitserve.v1.FinishReason2Z\n\x0ePrefillService\x12H\n\x07Prefill\x12\x1d.splitserve.v1.PrefillRequest\x1a\x1e.splitserve.v1.PrefillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=75
   _globals['_PREFILLREQUEST']._serialized_end=246
-  _globals['_PREFILLRESPONSE']._serialized_start=248
-  _globals['_PREFILLRESPONSE']._serialized_end=375
-  _globals['_FIRSTTOKEN']._serialized_start=377
-  _globals['_FIRSTTOKEN']._serialized_end=478
-  _globals['_PREFILLSERVICE']._serialized_start=480
-  _globals['_PREFILLSERVICE']._serialized_end=570
+  _globals['_PREFILLRESPONSE']._serialized_start=249
+  _globals['_PREFILLRESPONSE']._serialized_end=442
+  _globals['_FIRSTTOKEN']._serialized_start=444
+  _globals['_FIRSTTOKEN']._serialized_end=545
+  _globals['_PREFILLSERVICE']._serialized_start=547
+  _globals['_PREFILLSERVICE']._serialized_end=637
 # @@protoc_insertion_point(module_scope)

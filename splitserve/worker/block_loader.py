@@ -6,6 +6,7 @@
 3. The group awaits its blocks under the request's lease. Of those that another worker computes
    in a pool that can be mapped, layers are copied as they are told of. All that are committed are
    copied into the pages together, and verified there (`KvStoreClient.take_pages`).
+   What the prefill worker's receipt names is taken at its word, ahead of the store's.
 4. The core is told how many good blocks each choice got, counted from the first without a gap.
    What is missing or corrupt is computed on this worker instead: no page counts as filled, and none
    is read, before its block is verified.
@@ -33,11 +34,12 @@ from collections.abc import (
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol
+from typing import Any, Protocol
 
 from splitserve.engine.sequence import PageLoad, Sequence
 from splitserve.errors import BlockCorrupt, SplitserveError
 from splitserve.kv.layout import Lease, PartialBlock, ReadableBlock
+from splitserve.kv.receipt import KvReceipt
 from splitserve.worker.block_loads import Ahead, Load, LoadGroup, layers_at
 
 STRAGGLER_S = 0.25
@@ -70,6 +72,10 @@ class BlockReader(Protocol):
         """Name each block once it is decided: readable ones, missing ones. Add what is told of
         others to `partial`.
         """
+        ...
+
+    def can_map(self, pool_id: int) -> bool:
+        """Whether blocks of the pool can be copied without a wait."""
         ...
 
     async def copy_ahead(
@@ -149,14 +155,18 @@ class BlockLoader:
         self._groups: list[LoadGroup] = []
         self._cancelled: set[str] = set()
         self._prefill_done = asyncio.Event()
+        self._receipt: KvReceipt | None = None
         self.stats = LoadStats()
 
     def load(self, sequence: Sequence, blocks: Seq[PageLoad]) -> None:
         """See `KvSource.load`. Called on the engine's thread."""
         self._loop.call_soon_threadsafe(self._begin, Load(sequence.id, list(blocks)))
 
-    def prefill_done(self) -> None:
-        """The prefill has ended: what nobody has reserved by now will not come."""
+    def prefill_done(self, receipt: KvReceipt | None = None) -> None:
+        """The prefill has ended: what nobody has reserved by now will not come. What its receipt
+        names is there.
+        """
+        self._receipt = receipt
         self._prefill_done.set()
 
     def cancel(self, sequence_id: str) -> None:
@@ -235,9 +245,8 @@ class BlockLoader:
         order = list(group.loads[0].blocks)
         arrived: dict[bytes, ReadableBlock] = {}
         lost: set[bytes] = set()
-        keys = [block.key for block in order]
         indexes = {block.key: block.index for block in order}
-        announced = self._announcements(store, keys, group.partial)
+        announced = self._announcements(store, list(order), group.partial)
         async with contextlib.aclosing(announced) as announcements:
             async for ready, missing in announcements:
                 group.joinable = False
@@ -288,21 +297,39 @@ class BlockLoader:
             self.stats.busy_ns += time.monotonic_ns() - began
 
     async def _announcements(
-        self, store: BlockReader, keys: list[bytes], partial: list[PartialBlock]
+        self, store: BlockReader, wanted: Seq[PageLoad], partial: list[PartialBlock]
     ) -> AsyncGenerator[Decided, None]:
-        """`await_blocks`, asked again as the prefill goes on.
+        """`await_blocks`, asked again as the prefill goes on, and cut short by its receipt.
 
         As long as it may, a block that a writer gave up may still come from another worker. Once
         it has ended, what nobody has reserved will not come.
         """
-        undecided = dict.fromkeys(keys)
+        undecided = {block.key: block for block in wanted}
         wait = self._wait_for_writer
         while undecided:
+            if named := self._take_named(store, undecided):
+                yield named, []
+                continue
             stream = store.await_blocks(
                 self._lease, list(undecided), wait, timeout_s=self._timeout_s, partial=partial
             )
+            upcoming: asyncio.Future[Decided | None] | None = None
             try:
-                while (batch := await self._next(stream, wait)) is not None:
+                while undecided:
+                    upcoming = upcoming or asyncio.ensure_future(anext(stream, None))
+                    if wait:
+                        await self._prefill_done_or(upcoming)
+                        if named := self._take_named(store, undecided):
+                            if not undecided:
+                                upcoming.cancel()  # to read it now would hold up the copies
+                            yield named, []
+                            continue
+                        await asyncio.wait({upcoming}, timeout=STRAGGLER_S)
+                        if not upcoming.done():
+                            break
+                    batch, upcoming = await upcoming, None
+                    if batch is None:
+                        break
                     ready, missing = batch
                     if wait and not self._prefill_done.is_set():
                         missing = []
@@ -310,27 +337,36 @@ class BlockLoader:
                         undecided.pop(key, None)
                     yield ready, missing
             finally:
+                if upcoming is not None:
+                    await _drop(upcoming)
                 await stream.aclose()  # type: ignore[attr-defined]
             if not wait:
                 return
             wait = not self._prefill_done.is_set()
 
-    async def _next(self, stream: AsyncIterator[Decided], wait: bool) -> Decided | None:
-        """The next batch; None at the end, or if a straggler should be asked for again."""
-        upcoming = asyncio.ensure_future(anext(stream, None))
+    async def _prefill_done_or(self, upcoming: asyncio.Future[Decided | None]) -> None:
+        done = asyncio.ensure_future(self._prefill_done.wait())
+        either: set[asyncio.Future[Any]] = {upcoming, done}
         try:
-            if wait:
-                done = asyncio.ensure_future(self._prefill_done.wait())
-                await asyncio.wait({upcoming, done}, return_when=asyncio.FIRST_COMPLETED)
-                done.cancel()
-                await asyncio.wait({upcoming}, timeout=STRAGGLER_S)
-                if not upcoming.done():
-                    return None
-            return await upcoming
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not upcoming.done():
-                upcoming.cancel()
-                await asyncio.wait({upcoming})
+            done.cancel()
+
+    def _take_named(
+        self, store: BlockReader, undecided: dict[bytes, PageLoad]
+    ) -> list[ReadableBlock]:
+        """Those that the receipt names, if there is one and its pool can be read."""
+        receipt = self._receipt
+        if receipt is None or not store.can_map(receipt.pool_id):
+            return []
+        named = []
+        for block in list(undecided.values()):
+            if block.index in receipt.blocks:
+                page, digest = receipt.blocks[block.index]
+                place, size = receipt.place_of(page), self._block_bytes
+                named.append(ReadableBlock(block.key, 0, size, digest, block.num_tokens, place))
+                del undecided[block.key]
+        return named
 
     async def _bring(
         self, store: BlockReader, group: LoadGroup, batch: Seq[tuple[int, ReadableBlock]]
@@ -364,6 +400,9 @@ class BlockLoader:
             for load, _ in pages:
                 load.filled += 1
         self._drop_cancelled(group)
+        for load in group.loads:
+            if load.filled == len(load.blocks):
+                self._settle(load)  # now: to end the wait for the store takes longer
         if num_good < len(batch):
             self.stats.num_corrupt += 1
             block = batch[num_good][1]
@@ -376,3 +415,11 @@ class BlockLoader:
             load.settled = True
             self._num_settled += 1
             self._loaded(load.sequence_id, load.filled)
+
+
+async def _drop(upcoming: asyncio.Future[Decided | None]) -> None:
+    """Whatever it would have brought is not needed any more."""
+    upcoming.cancel()
+    await asyncio.wait({upcoming})
+    if not upcoming.cancelled():
+        upcoming.exception()

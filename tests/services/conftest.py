@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from splitserve.rpc.channel import open_channel
-from splitserve.v1 import common_pb2, decode_pb2, decode_pb2_grpc, worker_pb2
+from splitserve.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, worker_pb2
 
 from ..suite import Service
 
@@ -89,8 +89,18 @@ class Attachment:
         )
         await self.call.write(decode_pb2.AttachRequest(submit=submit))
 
-    async def start(self, request_id: str, first_token_ids: Sequence[int]) -> None:
-        start = decode_pb2.Start(request_id=request_id, first_token_ids=first_token_ids)
+    async def start(
+        self,
+        request_id: str,
+        first_token_ids: Sequence[int],
+        answer: prefill_pb2.PrefillResponse | None = None,
+    ) -> None:
+        """With the answer, its receipt goes along as a router passes it on."""
+        start = decode_pb2.Start(
+            request_id=request_id,
+            first_token_ids=first_token_ids,
+            kv_receipt=answer.kv_receipt if answer and answer.HasField("kv_receipt") else None,
+        )
         await self.call.write(decode_pb2.AttachRequest(start=start))
 
     async def cancel(self, request_id: str, choice: int | None = None) -> None:

@@ -76,7 +76,7 @@ class Split:
         )
         answer = await self.compute(request_id, prompt, lease, max_tokens=max_tokens)
         first = answer.first_tokens[0].token.id
-        await self.attachment.start(request_id, [first])
+        await self.attachment.start(request_id, [first], answer)
         choice = await self.attachment.result(request_id)
         await self.control.release([lease])
         assert choice.error is None, choice.error

@@ -7,12 +7,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import time
 import urllib.request
 from collections.abc import AsyncIterator
 from mmap import mmap
 from pathlib import Path
 
+import grpc
 import pytest
 
 from splitserve.engine.fake import expected_tokens
@@ -117,12 +119,55 @@ async def test_pages_are_free_once_read_though_the_lease_lives(split, pages_free
     assert (await split.control.stats()).live_leases == 1
 
 
+async def test_with_a_receipt_the_store_is_not_waited_for(split, pages_free):
+    await split.run("connects", prompt_of(BLOCK))
+    prompt, lease = prompt_of(6 * BLOCK + 3, salt=1), await split.lease()
+    answer = await split.compute("a", prompt, lease)
+    assert list(answer.kv_receipt.block_indexes) == list(range(7))
+    await committed(split, 7)
+    split.store.process.send_signal(signal.SIGSTOP)
+    first = answer.first_tokens[0].token.id
+    await split.attachment.submit("a", prompt, lease=lease.to_proto())
+    await split.attachment.start("a", [first], answer)
+    result = await split.attachment.result("a")
+    split.store.process.send_signal(signal.SIGCONT)
+    assert [first, *result.tokens] == expected_tokens(prompt, 8)
+    assert result.cached_tokens == len(prompt)
+    await pages_free(split.prefill)
+
+
+async def test_a_wrong_receipt_costs_work_not_answers(split, pages_free):
+    prompt, lease = prompt_of(4 * BLOCK), await split.lease()
+    answer = await split.compute("a", prompt, lease)
+    answer.kv_receipt.pages[1] = answer.kv_receipt.pages[2]
+    first = answer.first_tokens[0].token.id
+    await split.attachment.submit("a", prompt, lease=lease.to_proto())
+    await split.attachment.start("a", [first], answer)
+    result = await split.attachment.result("a")
+    assert [first, *result.tokens] == expected_tokens(prompt, 8)
+    assert result.cached_tokens == BLOCK
+    await split.control.release([lease])
+    await pages_free(split.prefill)
+
+
+async def test_a_receipt_that_is_garbage_ends_its_own_request(split):
+    prompt, lease = prompt_of(4 * BLOCK), await split.lease()
+    answer = await split.compute("a", prompt, lease)
+    answer.kv_receipt.digests = b"short"
+    await split.attachment.submit("a", prompt, lease=lease.to_proto())
+    await split.attachment.start("a", [1], answer)
+    result = await split.attachment.result("a")
+    assert result.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert "kv_receipt" in result.error.message
+    assert await split.run("b", prompt) == expected_tokens(prompt, 8)
+
+
 async def test_all_choices_read_before_the_pages_are_free(split, pages_free):
     prompt, lease = prompt_of(5 * BLOCK + 3), await split.lease()
     await split.attachment.submit("a", prompt, lease=lease.to_proto(), n=3, max_tokens=4)
     answer = await split.compute("a", prompt, lease, n=3, max_tokens=4)
     firsts = [first.token.id for first in answer.first_tokens]
-    await split.attachment.start("a", firsts)
+    await split.attachment.start("a", firsts, answer)
     for choice in range(3):
         result = await split.attachment.result("a", choice)
         assert [firsts[choice], *result.tokens] == expected_tokens(prompt, 4)

@@ -54,7 +54,13 @@ class Worker:
         answers = await self.client.reserve(lease, self.specs(pages), share)
         assert all(answer.in_pool for answer in answers)
         places = [(key, 16, page) for key, page in pages.items()]
-        await self.client.share_pages(lease, share, places)
+        await self.share_pages(lease, share, places)
+
+    async def share_pages(self, lease, share, places):
+        """Seals and commits (key, num_tokens, page) blocks."""
+        digests = await self.client.seal_pages(places)
+        sealed = [(key, page, d) for (key, _, page), d in zip(places, digests, strict=True)]
+        await self.client.share_pages(lease, share, sealed)
 
     async def write(self, lease, key, page):
         """Writes a shared block to the arena after all."""
@@ -165,7 +171,7 @@ async def test_layers_are_copied_ahead_of_the_commit(worker, awaited, until):
         assert await reader.client.copy_ahead(blocks, [[4], [5]], [0, 0]) == [False, True]
     assert reader.content(4) == bytes(len(content))
     assert reader.content(5) == content[: 2 * layer] + bytes(2 * layer)
-    await writer.client.share_pages(lease, share, [(key, 16, 3)])
+    await writer.share_pages(lease, share, [(key, 16, 3)])
     (block,), _ = await asyncio.wait_for(decided.get(), 5)
     await waiting
     assert await reader.client.take_pages(lease, [block], [[5]], [2]) == [True]
@@ -301,8 +307,8 @@ async def test_after_a_restart_the_pool_is_shared_anew(worker, own_store):
     (key,) = keys_of(1)
     await writer.client.reserve(lease, writer.specs([key]), after)
     with pytest.raises(InvalidRequest, match="not shared now"):
-        await writer.client.share_pages(lease, before, [(key, 16, 1)])
-    await writer.client.share_pages(lease, after, [(key, 16, 1)])
+        await writer.share_pages(lease, before, [(key, 16, 1)])
+    await writer.share_pages(lease, after, [(key, 16, 1)])
 
 
 async def test_the_store_tells_whether_a_lease_is_live(worker):

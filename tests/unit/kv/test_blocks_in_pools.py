@@ -38,11 +38,16 @@ class World:
             self.space,
             clock=lambda: self.now,
             may_rest=lambda spec: True,
+            on_committed=self.began,
             on_dropped=self.ended,
             on_moved=self.ended,
             on_stuck=lambda block: self.stuck.append(block.key),
         )
         self._shares = count(1)
+
+    def began(self, block):
+        if block.pool is not None:
+            self.live.add((block.key, block.pool.share_id))
 
     def ended(self, block):
         if block.pool is not None:
@@ -54,7 +59,6 @@ class World:
     def share(self, lease, name, pool=1):
         place = PoolPlace(pool, page=7, share_id=next(self._shares), lease_id=lease)
         self.table.share(lease, [(key(name), DIGEST, place)])
-        self.live.add((key(name), place.share_id))
 
     def put(self, lease, name, pool=1):
         self.reserve(lease, name)
@@ -84,6 +88,25 @@ def test_the_last_of_its_readers_ends_it(world):
     world.table.let_go("b", [key(1)])
     assert world.live == set()
     assert world.table.hold("a", key(1)) is None
+
+
+def test_what_was_read_before_its_commit_goes_with_it(world):
+    world.reserve("a", 1, 2)
+    world.table.hold("b", key(2))
+    world.table.let_go("a", [key(1), key(2)])
+    assert world.table.num_held == 2, "it is yet to be committed"
+    world.share("a", 1)
+    assert world.table.hold("c", key(1)) is None
+    world.share("a", 2)
+    assert [block.holders for block in world.table] == [{"b"}]
+
+
+def test_reserved_anew_it_is_needed_again(world):
+    world.reserve("a", 1)
+    world.table.let_go("a", [key(1)])
+    world.reserve("a", 1)
+    world.share("a", 1)
+    assert len(world.live) == 1
 
 
 def test_what_is_in_the_arena_is_not_let_go(world):

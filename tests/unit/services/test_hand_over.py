@@ -57,6 +57,8 @@ class StubStore:
         self.sharing = asyncio.Event()
         self.sharing_gate = asyncio.Event()
         self.sharing_gate.set()
+        self.sealing_gate = asyncio.Event()
+        self.sealing_gate.set()
         self.num_checks = 0
         self.checks_gate = asyncio.Event()
         self.checks_gate.set()
@@ -100,14 +102,22 @@ class StubStore:
     ) -> None:
         self.reported += blocks
 
+    async def seal_pages(self, blocks: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
+        await self.sealing_gate.wait()
+        self._fail("seal")
+        return [sealed(key, num_tokens, page) for key, num_tokens, page in blocks]
+
     async def share_pages(
-        self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
+        self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, bytes]]
     ) -> None:
         self.sharing.set()
         await self.sharing_gate.wait()
         self._fail("share")
         assert share == PoolShare(1, 7)
-        self.shared.update((key, (num_tokens, page)) for key, num_tokens, page in blocks)
+        for key, page, digest in blocks:
+            num_tokens = next(spec.num_tokens for spec in self.specs if spec.key == key)
+            assert digest == sealed(key, num_tokens, page)
+            self.shared[key] = (num_tokens, page)
 
     async def commit(self, lease: Lease, blocks: Iterable[tuple[bytes, bytes]]) -> None:
         self._fail("commit")
@@ -150,6 +160,10 @@ class Rig:
         await asyncio.sleep(0)  # what was posted from the engine's thread runs first
         self.hand_over.complete()
         await asyncio.wait_for(self.hand_over.ended(), 5)
+
+
+def sealed(key: bytes, num_tokens: int, page: int) -> bytes:
+    return key[:8] + num_tokens.to_bytes(4, "little") + page.to_bytes(4, "little")
 
 
 def page_content(page: int) -> bytes:
@@ -268,6 +282,84 @@ async def test_blocks_that_may_stay_are_shared_when_whole_and_kept_until_gone(ri
     await asyncio.wait_for(ended, 5)
     assert rig.store.committed == {}
     assert rig.store.abandoned == []
+
+
+async def test_the_receipt_names_what_stays_as_soon_as_the_last_is_digested(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.states[KEYS[1]] = PRESENT
+    rig.store.sharing_gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.layers_done(0, 3, 0, 2)
+    await rig.until(lambda: len(rig.store.reported) == 2)
+    assert await rig.hand_over.receipt(0.001) is None, "not all is computed"
+    rig.hand_over.complete()
+    receipt = await rig.hand_over.receipt(5)
+    assert rig.store.shared == {}, "ahead of the commit"
+    assert receipt is not None
+    assert (receipt.pool_id, receipt.share_id) == (1, 7)
+    assert receipt.blocks == {
+        0: (PAGES[0], sealed(KEYS[0], 4, PAGES[0])),
+        2: (PAGES[2], sealed(KEYS[2], 2, PAGES[2])),
+    }
+    rig.store.sharing_gate.set()
+    await rig.until(lambda: len(rig.store.shared) == 2)
+    rig.hand_over.gone(KEYS)
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+
+
+async def test_blocks_sealed_in_several_rounds_are_all_on_the_receipt(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.blocks_done(0, 1)
+    await rig.until(lambda: len(rig.store.shared) == 1)
+    rig.hand_over.blocks_done(1, 3)
+    receipt = await rig.hand_over.receipt(5)
+    assert receipt is not None
+    assert {index: page for index, (page, _) in receipt.blocks.items()} == dict(enumerate(PAGES))
+    rig.hand_over.answered()
+    await rig.until(lambda: len(rig.store.shared) == 3)
+    rig.hand_over.gone(KEYS)
+    await rig.finish()
+
+
+async def test_no_receipt_where_nothing_stays(rig: Rig) -> None:
+    assert await rig.hand_over.receipt(5) is None, "nothing has begun"
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    await asyncio.sleep(0)
+    assert await rig.hand_over.receipt(5) is None, "before anything is ready"
+    await rig.finish()
+
+
+@pytest.mark.parametrize("fault", ["open", "reserve", "seal"])
+async def test_no_receipt_after_a_fault(rig: Rig, fault: str) -> None:
+    rig.store.shares = True
+    rig.store.fault[fault] = LeaseEnded("over")
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await asyncio.sleep(0)
+    assert await rig.hand_over.receipt(5) is None
+    await rig.finish()
+
+
+async def test_no_receipt_for_a_share_that_is_lost(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.sealing_gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.until(lambda: rig.store.specs != [])
+    rig.hand_over.lost()
+    assert await rig.hand_over.receipt(5) is None
+    rig.store.sealing_gate.set()
+    await rig.finish()
+    assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
+
+
+@pytest.mark.parametrize("receipt_was_given", [True, False])
+async def test_a_lease_released_ahead_of_the_commit(rig: Rig, receipt_was_given: bool) -> None:
+    rig.store.shares = True
+    rig.store.fault["share"] = LeaseEnded("released")
+    rig.hand_over.begin(KEYS, PAGES, 3 if receipt_was_given else 2)
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert (rig.hand_over.stats.error is None) == receipt_was_given
+    assert (await rig.hand_over.receipt(5) is not None) == receipt_was_given
 
 
 async def test_what_a_reader_cannot_map_is_written_after_all(rig: Rig) -> None:

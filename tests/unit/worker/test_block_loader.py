@@ -8,6 +8,7 @@ import pytest
 from splitserve.engine.sequence import PageLoad, Sequence
 from splitserve.errors import LeaseEnded
 from splitserve.kv.layout import Lease, PartialBlock, PoolPage, ReadableBlock
+from splitserve.kv.receipt import KvReceipt
 from splitserve.sampling import SamplingParams
 from splitserve.worker.block_loader import BlockLoader
 
@@ -34,6 +35,8 @@ class StubStore:
         self.firsts: list[int] = []
         self.size_bytes = SIZE
         self.let_go_of: list[set[bytes]] = []
+        self.mapped = {1}
+        self.taken: list[ReadableBlock] = []
 
     async def await_blocks(
         self,
@@ -71,11 +74,15 @@ class StubStore:
         first_layers: list[int],
     ) -> list[bool]:
         self.firsts += first_layers
+        self.taken += blocks
         for block, pages in zip(blocks, targets, strict=True):
             self.reads.append(block.key)
             if block.key not in self.corrupt:
                 self.pages.update(dict.fromkeys(pages, block.key * SIZE))
         return [block.key not in self.corrupt for block in blocks]
+
+    def can_map(self, pool_id: int) -> bool:
+        return pool_id in self.mapped
 
     async def copy_ahead(
         self, blocks: list[PartialBlock], targets: list[list[int]], first_layers: list[int]
@@ -305,4 +312,69 @@ async def test_a_request_that_ends_at_once_lets_go_all_the_same() -> None:
     async with asyncio.timeout(5):
         while not rig.store.let_go_of:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
+    assert rig.store.let_go_of == [{b"a", b"b"}]
+
+
+def receipt_of(keys: bytes, *, pool_id: int = 1) -> KvReceipt:
+    return KvReceipt(pool_id, 3, {k - 97: (40 + k - 97, bytes([k]) * 16) for k in keys})
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_what_the_receipt_names_is_read_without_the_stores_word(
+    rig: Rig, begun: bool
+) -> None:
+    if begun:
+        rig.load("s", b"abc", 10)
+        await rig.asked(1)
+        rig.loader.prefill_done(receipt_of(b"abc"))
+    else:
+        rig.loader.prefill_done(receipt_of(b"abc"))
+        rig.load("s", b"abc", 10)
+    assert await rig.answer("s") == 3
+    assert rig.pages == {10: b"a" * SIZE, 11: b"b" * SIZE, 12: b"c" * SIZE}
+    assert rig.store.asked == ([([b"a", b"b", b"c"], True)] if begun else [])
+    assert rig.store.taken[0] == ReadableBlock(b"a", 0, SIZE, b"a" * 16, 4, PoolPage(1, 40, 3))
+    await rig.loader.ended()
+    assert rig.store.let_go_of == [{b"a", b"b", b"c"}]
+
+
+async def test_what_the_receipt_does_not_name_is_awaited(rig: Rig) -> None:
+    rig.load("s", b"abc", 10)
+    rig.store.decided.put_nowait(([b"a"], []))
+    await rig.asked(1)
+    rig.loader.prefill_done(receipt_of(b"b"))
+    rig.store.decided.put_nowait(([b"c"], []))
+    assert await rig.answer("s") == 3
+    assert rig.store.reads == [b"a", b"b", b"c"]
+
+
+async def test_a_receipt_of_a_pool_out_of_reach_is_left_aside(rig: Rig) -> None:
+    rig.load("s", b"ab", 10)
+    await rig.asked(1)
+    rig.loader.prefill_done(receipt_of(b"ab", pool_id=2))
+    rig.store.decided.put_nowait(([b"a", b"b"], []))
+    assert await rig.answer("s") == 2
+    assert [page.page for block in rig.store.taken if (page := block.pool_page)] == []
+
+
+async def test_a_wrong_receipt_costs_work_not_answers(rig: Rig) -> None:
+    rig.store.corrupt = {b"b"}
+    rig.load("s", b"abc", 10)
+    await rig.asked(1)
+    rig.loader.prefill_done(receipt_of(b"abc"))
+    assert await rig.answer("s") == 1
+    assert rig.loader.stats.num_corrupt == 1
+
+
+async def test_a_choice_that_comes_late_reads_by_the_receipt_too() -> None:
+    rig = Rig(num_loads=2)
+    rig.load("early", b"ab", 10)
+    await rig.asked(1)
+    rig.loader.prefill_done(receipt_of(b"ab"))
+    assert await rig.answer("early") == 2
+    assert rig.store.let_go_of == []
+    rig.load("late", b"ab", 20)
+    assert await rig.answer("late") == 2
+    assert rig.pages[20] == b"a" * SIZE
+    await rig.loader.ended()
     assert rig.store.let_go_of == [{b"a", b"b"}]
