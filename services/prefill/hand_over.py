@@ -6,16 +6,9 @@
 3. A block whose layers are all written is committed with the digest of what was copied.
 4. Whatever was not committed in the end is abandoned, so that who awaits it is told.
 
-A block that may stay in the pool is committed where it is once it is whole; before that the store
-is told how far it is, for readers that copy ahead. Its page is kept until
-the store says that the block is gone: it was read, or its leases have ended. While nothing else is
-left to do the store is asked for the lease as well, so that no page is kept for one that has ended,
-or for a store that does not answer. If someone who cannot map the pool waits for a block, it goes
-the way of the others after all; so do blocks that are not whole yet when the pool's registration is
-lost. Those that were whole are lost with it.
-
-The decode worker is told of blocks that stay twice: by the store, and sooner by a receipt that goes
-with the first tokens. It is given once all of them are digested, before they are committed.
+A block that may stay in the pool is left there (`pool_blocks`), unless someone who cannot map the
+pool waits for it: then it goes the way of the others after all. So do blocks that are not whole yet
+when the pool's registration is lost.
 
 The engine's thread only posts what is ready. Copies and digests run in the copier's threads, one
 round of them at a time: what becomes ready meanwhile is the next round. The compute waits for
@@ -25,42 +18,28 @@ none of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from services.prefill.block import Block
 from services.prefill.block_writer import BlockWriter, OpenStore
-from services.prefill.pending_receipt import PendingReceipt
+from services.prefill.pool_blocks import ASK_EVERY_S, PoolBlocks
 from splitserve.engine.protocol import EngineSpec
-from splitserve.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    LeaseEnded,
-    Overloaded,
-    SplitserveError,
-    Unavailable,
-)
+from splitserve.errors import Overloaded, SplitserveError
 from splitserve.kv.codec import BlockHasher
-from splitserve.kv.layout import BlockSpec, Lease, Reservation
-from splitserve.kv.page_mover import PagePart
+from splitserve.kv.layout import BlockSpec, Lease
 from splitserve.kv.pool_sharing import PoolShare
 from splitserve.kv.receipt import KvReceipt
 
 BLOCKS_PER_ROUND = 64
 """Bounds the memory of one round of copies that go through buffers."""
 
-ASK_EVERY_S = 0.5
-"""How often the lease is asked for while pages are kept for readers only, and how long the answer
-may take: together no page outlives its lease by more than a second.
-"""
-
-ANSWER_WITHIN_S = 0.005
-"""So long the last commit lets the first tokens go ahead: its message takes the loop longer to make
-than the answer does, and the decode worker waits for the answer alone.
-"""
+ABANDON_WITHIN_S = 0.5
+"""So long pages are kept to tell a store that hangs what became of their blocks."""
 
 _log = logging.getLogger(__name__)
 
@@ -84,22 +63,8 @@ class HandOverStats:
     error: SplitserveError | None = None
 
 
-@dataclass(eq=False)
-class _Block:
-    """0 <= written <= ready <= layers of the block. `reservation` is set until it is committed."""
-
-    key: bytes
-    index: int
-    page: int
-    num_tokens: int
-    ready: int = 0
-    written: int = 0
-    reservation: Reservation | None = None
-    hasher: BlockHasher | None = None
-
-
 class HandOver:
-    """The `KvSink` of one prompt, and the `ShareListener` of its blocks that stay in the pool."""
+    """The `KvSink` of one prompt."""
 
     def __init__(
         self,
@@ -111,20 +76,18 @@ class HandOver:
         ask_every_s: float = ASK_EVERY_S,
     ) -> None:
         self._lease = lease
-        self._ask_every_s = ask_every_s
         self._prompt_tokens = prompt_tokens
         self._spec = spec
         self._open_store = open_store
         self._loop = asyncio.get_running_loop()
         # Of the request: what is called and logged here belongs to its trace.
         self._context = contextvars.copy_context()
-        self._blocks: list[_Block] = []
-        self._pending: list[_Block] = []
-        self._share: PoolShare | None = None
-        self._shared: dict[bytes, _Block] = {}
-        self._wanted: list[_Block] = []
+        self._blocks: list[Block] = []
+        self._pending: list[Block] = []
         self._news = asyncio.Event()
-        self._receipt = PendingReceipt()
+        self._pool = PoolBlocks(
+            lease, num_layers=spec.num_layers, news=self._news, ask_every_s=ask_every_s
+        )
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
         self.stats = HandOverStats(lease_id=lease.lease_id)
@@ -160,42 +123,25 @@ class HandOver:
 
     def answered(self) -> None:
         """The first tokens were sent: what waited for that goes on."""
-        self._receipt.answered()
+        self._pool.receipt.answered()
 
     async def receipt(self, within_s: float) -> KvReceipt | None:
         """What stays in the pool, once that is whole and digested. None: nothing does, or it is
         not within the time; the store will tell.
         """
-        return await self._receipt.given(within_s) if self._task else None
+        return await self._pool.receipt.given(within_s) if self._task else None
 
     async def ended(self) -> None:
         """Wait until nothing here touches a page any more, and nobody else reads one."""
         if self._task:
             await asyncio.wait([self._task])
 
-    def gone(self, keys: Iterable[bytes]) -> None:
-        """See `ShareListener.gone`."""
-        for key in keys:
-            self._shared.pop(key, None)
-        self._news.set()
-
-    def wanted(self, keys: Iterable[bytes]) -> None:
-        """See `ShareListener.wanted`."""
-        self._wanted += [self._shared.pop(key) for key in keys if key in self._shared]
-        self._news.set()
-
-    def lost(self) -> None:
-        """See `ShareListener.lost`. Nothing is shared from here on."""
-        self._share = None
-        self._receipt.finish(None)
-        self.gone(list(self._shared))
-
     def _begin(self, keys: Seq[bytes], pages: Seq[int], num_cached_blocks: int) -> None:
         if self._cancelled:
             return
         block, layers = self._spec.block_tokens, self._spec.num_layers
         self._blocks = [
-            _Block(
+            Block(
                 key=key,
                 index=index,
                 page=page,
@@ -215,11 +161,11 @@ class HandOver:
     async def _run(self) -> None:
         try:
             store = await self._open_store(self._lease)
-            self._share = store.open_share(self)
+            self._pool.share = store.open_share(self._pool)
             try:
-                await self._reserve(store, self._blocks, self._share)
-                if not any(map(_stays, self._pending)):
-                    self._receipt.finish(None)
+                await self._reserve(store, self._blocks, self._pool.share)
+                if not any(block.stays for block in self._pending):
+                    self._pool.receipt.finish(None)
                 await self._hand_over_all(store)
             finally:
                 await self._abandon_rest(store)
@@ -230,11 +176,11 @@ class HandOver:
             self.stats.error = SplitserveError("the hand-over failed; the worker's log says why")
             _log.exception("the hand-over failed: %s", error)
         finally:
-            self._receipt.finish(None)
+            self._pool.receipt.finish(None)
             self.stats.ended_ns = self.stats.ended_ns or time.time_ns()
 
     async def _reserve(
-        self, store: BlockWriter, blocks: list[_Block], share: PoolShare | None
+        self, store: BlockWriter, blocks: list[Block], share: PoolShare | None
     ) -> None:
         size, fingerprint = self._spec.block_bytes, store.layout.fingerprint
         specs = [BlockSpec(block.key, size, block.num_tokens) for block in blocks]
@@ -245,32 +191,32 @@ class HandOver:
                 block.hasher = BlockHasher(block.key, block.num_tokens, fingerprint, size)
                 self._pending.append(block)
             else:
-                block.reservation = block.hasher = None
+                block.settle()
                 self.stats.num_present += 1
         in_pool = any(r.must_write and r.in_pool for r in reservations)
         self.stats.transport = "device" if in_pool else store.transport_name
 
     async def _hand_over_all(self, store: BlockWriter) -> None:
         """Until all blocks are committed and nobody reads a page of ours any more."""
-        while self._pending or self._shared or self._wanted:
+        while self._pending or self._pool.kept or self._pool.wanted_blocks:
             self._news.clear()
             await self._bring_to_arena(store)
             due = [block for block in self._pending if block.written < block.ready]
-            if batch := due[:BLOCKS_PER_ROUND]:
+            if due:
                 self.stats.first_ns = self.stats.first_ns or time.time_ns()
                 began = time.monotonic_ns()
-                await self._write_round(store, batch)
+                await self._write_round(store, due)
                 self.stats.busy_ns += time.monotonic_ns() - began
                 self._pending = [block for block in self._pending if block.reservation]
             elif self._pending:
                 await self._news.wait()
-            elif self._shared:
-                await self._keep_pages(store)
+            elif self._pool.kept:
+                self.stats.error = await self._pool.outlast(store) or self.stats.error
 
     async def _bring_to_arena(self, store: BlockWriter) -> None:
         """Reserve anew, with space, what may not stay in the pool. What finds none is given up."""
-        wanted = list(self._wanted)
-        astray = [] if self._share else [block for block in self._pending if _stays(block)]
+        wanted = list(self._pool.wanted_blocks)
+        astray = [] if self._pool.share else [block for block in self._pending if block.stays]
         if not (blocks := list(dict.fromkeys([*wanted, *astray]))):
             return
         self._pending = [block for block in self._pending if block not in blocks]
@@ -281,41 +227,20 @@ class HandOver:
             _log.info("%d blocks find no room in the store: %s", len(blocks), error.message)
             await store.abandon(self._lease, [block.key for block in blocks])
             for block in blocks:
-                block.reservation = block.hasher = None
-        del self._wanted[: len(wanted)]
+                block.settle()
+        del self._pool.wanted_blocks[: len(wanted)]
 
-    async def _keep_pages(self, store: BlockWriter) -> None:
-        """Wait for news of shared blocks, but not past the end of their lease or of the store."""
-        try:
-            async with asyncio.timeout(self._ask_every_s):
-                await self._news.wait()
-            return
-        except TimeoutError:
-            pass
-        try:
-            async with asyncio.timeout(self._ask_every_s):
-                await store.check_lease(self._lease)
-            return
-        except LeaseEnded:
-            _log.info("the lease has ended, its pages are kept no longer")
-        except (Unavailable, DeadlineExceeded, TimeoutError):
-            self.stats.error = Unavailable("the store does not answer")
-            _log.info("the store does not answer, pages are kept for it no longer")
-        # Not abandoned: that is a wait for the store as well. Who still reads them finds out.
-        self._shared.clear()
-        self._wanted.clear()
-
-    async def _write_round(self, store: BlockWriter, batch: list[_Block]) -> None:
+    async def _write_round(self, store: BlockWriter, due: list[Block]) -> None:
         """Copy what is ready of each block, or leave it where it is, and commit what is whole."""
-        staying = [block for block in batch if _stays(block)]
-        if staying and self._share:
-            await self._leave_in_pool(store, self._share, staying)
-        going = [block for block in batch if not _stays(block) and block.reservation]
+        staying = [block for block in due if block.stays]
+        if staying:
+            self._committed(await self._pool.leave(store, staying, self._pending))
+        going = [block for block in due if block.reservation and not block.stays]
         if going:
-            await self._write_to_arena(store, going)
+            await self._write_to_arena(store, going[:BLOCKS_PER_ROUND])
 
-    async def _write_to_arena(self, store: BlockWriter, blocks: list[_Block]) -> None:
-        parts = [_part(block, block.ready) for block in blocks]
+    async def _write_to_arena(self, store: BlockWriter, blocks: list[Block]) -> None:
+        parts = [block.next_part() for block in blocks]
         await store.put_pages(self._lease, parts)
         for block, part in zip(blocks, parts, strict=True):
             block.written = part.end_layer
@@ -325,83 +250,23 @@ class HandOver:
             await store.commit(self._lease, digests)
             self._committed(whole)
 
-    async def _leave_in_pool(
-        self, store: BlockWriter, share: PoolShare, blocks: list[_Block]
-    ) -> None:
-        """What is not done because the share was lost meanwhile is left to `_bring_to_arena`."""
-        try:
-            await self._share_blocks(store, share, blocks)
-        except InvalidRequest:
-            if self._share is share:
-                raise
-
-    async def _share_blocks(
-        self, store: BlockWriter, share: PoolShare, blocks: list[_Block]
-    ) -> None:
-        ends = [block.ready for block in blocks]
-        whole = [block for block in blocks if block.ready == self._spec.num_layers]
-        partial = [(b.key, b.page, b.ready) for b in blocks if b.ready < self._spec.num_layers]
-        if partial:
-            await store.report_layers(self._lease, share, partial)
-        if self._share is not share:
-            return
-        if whole:
-            places = [(block.key, block.num_tokens, block.page) for block in whole]
-            digests = await store.seal_pages(places)
-            if self._share is not share:
-                return
-            await self._give_receipt(share, whole, digests)
-            # News of them may come before the answer, that all are lost as well.
-            self._shared.update((block.key, block) for block in whole)
-            sealed = [(b.key, b.page, d) for b, d in zip(whole, digests, strict=True)]
-            try:
-                await store.share_pages(self._lease, share, sealed)
-            except LeaseEnded:
-                if not self._receipt.is_given:
-                    raise
-                # Who had the receipt has read the pages, and the lease was released for it.
-                self._shared.clear()
-            self._committed(whole)
-        for block, end in zip(blocks, ends, strict=True):
-            block.written = end
-
-    async def _give_receipt(
-        self, share: PoolShare, whole: list[_Block], digests: list[bytes]
-    ) -> None:
-        """Note what was sealed; if it is the last, have the answer go out ahead of the commit."""
-        self._receipt.add((b.index, b.page, d) for b, d in zip(whole, digests, strict=True))
-        if not any(_stays(block) for block in self._pending if block not in whole):
-            self._receipt.finish(share)
-            await self._receipt.out(ANSWER_WITHIN_S)
-
-    def _committed(self, blocks: list[_Block]) -> None:
+    def _committed(self, blocks: Seq[Block]) -> None:
         self.stats.num_blocks += len(blocks)
         self.stats.num_bytes += len(blocks) * self._spec.block_bytes
         for block in blocks:
-            block.reservation = block.hasher = None
+            block.settle()
         if not any(block.reservation for block in self._pending):
             self.stats.ended_ns = time.time_ns()
 
     async def _abandon_rest(self, store: BlockWriter) -> None:
-        """Blocks that stay are given up as well: their pages will be."""
-        if self._share:
-            store.close_share(self._share)
-        rest = [
-            block.key
-            for block in self._blocks
-            if block.reservation or block.key in self._shared or block in self._wanted
-        ]
+        """Blocks that stay are given up as well: their pages will be. A store that hangs is not
+        waited for: it drops them with their lease.
+        """
+        if self._pool.share:
+            store.close_share(self._pool.share)
+        shared = {*self._pool.kept, *self._pool.wanted_blocks}
+        rest = [block.key for block in self._blocks if block.reservation or block in shared]
         if rest:
-            await store.abandon(self._lease, rest)
-
-
-def _stays(block: _Block) -> bool:
-    return block.reservation is not None and block.reservation.in_pool
-
-
-def _part(block: _Block, end_layer: int) -> PagePart:
-    if block.reservation is None or block.hasher is None:
-        raise RuntimeError("a block is written that was not reserved")
-    return PagePart(
-        block.key, block.reservation, block.page, block.written, end_layer, block.hasher
-    )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ABANDON_WITHIN_S):
+                    await store.abandon(self._lease, rest)

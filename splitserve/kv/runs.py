@@ -59,6 +59,7 @@ class StoreRuns:
         self._timeout_s = rpc_timeout_s
         self._present: StoreRun | None = None
         self._lost = False
+        self._num_losses = 0
         self._connecting: asyncio.Task[None] | None = None
 
     @property
@@ -91,6 +92,7 @@ class StoreRuns:
         await asyncio.shield(self._connecting)
 
     async def _connect(self) -> None:
+        num_losses = self._num_losses
         with typed_errors():
             store = await self._control.stub.Connect(self._introduction, timeout=self._timeout_s)
         earlier = self._present
@@ -98,7 +100,8 @@ class StoreRuns:
             return
         transport = await self._open_transport(store)
         self._present = StoreRun(store.epoch, transport, store.advertised_address)
-        self._lost = False
+        # One that was lost meanwhile may be the very one that answered.
+        self._lost = self._num_losses > num_losses
         if earlier is not None:
             earlier.transport.close()
 
@@ -112,6 +115,7 @@ class StoreRuns:
 
         The kernel keeps the arena of a store that has died for as long as anybody maps it.
         """
+        self._num_losses += 1
         if self._present is not None:
             self._lost = True
             self._present.transport.close()

@@ -126,3 +126,18 @@ async def test_a_lease_of_a_run_that_began_during_the_attempt(store, runs):
     with pytest.raises(LeaseEnded):
         await runs.of(Lease("a", 2, "store:1"))
     assert [transport.closed for transport in store.transports] == [True, True, False]
+
+
+async def test_a_store_lost_during_the_attempt_is_asked_again(store, runs):
+    attempt = asyncio.ensure_future(runs.connect())
+    await store.opening.wait()
+    runs.lost()
+    store.may_open.set()
+    await attempt
+    assert store.asked == 1
+    run = await runs.of(Lease("a", 1, "store:1"))
+    assert store.asked == 2
+    assert run.transport is store.transports[1]
+    assert [transport.closed for transport in store.transports] == [True, False]
+    assert await runs.of(Lease("a", 1, "store:1")) is run
+    assert store.asked == 2

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.prefill.hand_over import HandOver
+from services.prefill.hand_over import ABANDON_WITHIN_S, HandOver
 from splitserve.engine.fake import FakeEngine
 from splitserve.errors import (
     DeadlineExceeded,
@@ -59,6 +59,8 @@ class StubStore:
         self.sharing_gate.set()
         self.sealing_gate = asyncio.Event()
         self.sealing_gate.set()
+        self.abandon_gate = asyncio.Event()
+        self.abandon_gate.set()
         self.num_checks = 0
         self.checks_gate = asyncio.Event()
         self.checks_gate.set()
@@ -125,6 +127,7 @@ class StubStore:
 
     async def abandon(self, lease: Lease, keys: Iterable[bytes]) -> None:
         self.abandoned += keys
+        await self.abandon_gate.wait()
 
     async def check_lease(self, lease: Lease) -> None:
         self.num_checks += 1
@@ -146,6 +149,11 @@ class Rig:
             open_store=self.open_store,
             ask_every_s=ask_every_s,
         )
+
+    @property
+    def listener(self) -> ShareListener:
+        assert self.store.listener is not None, "nothing is shared"
+        return self.store.listener
 
     async def open_store(self, lease: Lease) -> StubStore:
         self.store._fail("open")
@@ -275,10 +283,10 @@ async def test_blocks_that_may_stay_are_shared_when_whole_and_kept_until_gone(ri
     assert rig.store.shared[KEYS[2]] == (2, PAGES[2])
     assert (rig.hand_over.stats.num_blocks, rig.hand_over.stats.transport) == (3, "device")
     ended = asyncio.ensure_future(rig.hand_over.ended())
-    rig.hand_over.gone([KEYS[0], KEYS[2]])
+    rig.listener.gone([KEYS[0], KEYS[2]])
     await asyncio.sleep(0.01)
     assert not ended.done(), "a page is still read"
-    rig.hand_over.gone([KEYS[1]])
+    rig.listener.gone([KEYS[1]])
     await asyncio.wait_for(ended, 5)
     assert rig.store.committed == {}
     assert rig.store.abandoned == []
@@ -303,7 +311,7 @@ async def test_the_receipt_names_what_stays_as_soon_as_the_last_is_digested(rig:
     }
     rig.store.sharing_gate.set()
     await rig.until(lambda: len(rig.store.shared) == 2)
-    rig.hand_over.gone(KEYS)
+    rig.listener.gone(KEYS)
     await asyncio.wait_for(rig.hand_over.ended(), 5)
 
 
@@ -318,7 +326,7 @@ async def test_blocks_sealed_in_several_rounds_are_all_on_the_receipt(rig: Rig) 
     assert {index: page for index, (page, _) in receipt.blocks.items()} == dict(enumerate(PAGES))
     rig.hand_over.answered()
     await rig.until(lambda: len(rig.store.shared) == 3)
-    rig.hand_over.gone(KEYS)
+    rig.listener.gone(KEYS)
     await rig.finish()
 
 
@@ -345,7 +353,7 @@ async def test_no_receipt_for_a_share_that_is_lost(rig: Rig) -> None:
     rig.store.sealing_gate.clear()
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.until(lambda: rig.store.specs != [])
-    rig.hand_over.lost()
+    rig.listener.lost()
     assert await rig.hand_over.receipt(5) is None
     rig.store.sealing_gate.set()
     await rig.finish()
@@ -368,11 +376,11 @@ async def test_what_a_reader_cannot_map_is_written_after_all(rig: Rig) -> None:
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.until(lambda: len(rig.store.shared) == 2)
     assert rig.store.committed == {KEYS[0]: digest_of(0)}
-    rig.hand_over.wanted([KEYS[2]])
+    rig.listener.wanted([KEYS[2]])
     await rig.until(lambda: KEYS[2] in rig.store.committed)
     assert rig.store.committed[KEYS[2]] == digest_of(2)
     assert KEYS[1] not in rig.store.committed
-    rig.hand_over.lost()
+    rig.listener.lost()
     await asyncio.wait_for(rig.hand_over.ended(), 5)
 
 
@@ -386,17 +394,26 @@ async def test_cancel_gives_up_what_stays_in_the_pool(rig: Rig) -> None:
     assert rig.store.listener is None
 
 
+async def test_a_store_that_hangs_is_not_waited_for_to_give_up(rig: Rig) -> None:
+    rig.store.abandon_gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 1)
+    await rig.until(lambda: KEYS[0] in rig.store.committed)
+    rig.hand_over.cancel()
+    await asyncio.wait_for(rig.hand_over.ended(), 2 * ABANDON_WITHIN_S)
+    assert rig.store.abandoned == KEYS[1:]
+
+
 async def test_what_is_wanted_and_finds_no_room_is_abandoned_alone(rig: Rig) -> None:
     rig.store.shares = True
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.until(lambda: len(rig.store.shared) == 3)
     rig.store.no_room = {KEYS[2]}
-    rig.hand_over.wanted([KEYS[2]])
+    rig.listener.wanted([KEYS[2]])
     await rig.until(lambda: rig.store.abandoned == [KEYS[2]])
     assert isinstance(rig.hand_over.stats.error, Overloaded)
-    rig.hand_over.wanted([KEYS[1]])
+    rig.listener.wanted([KEYS[1]])
     await rig.until(lambda: KEYS[1] in rig.store.committed)
-    rig.hand_over.gone([KEYS[0]])
+    rig.listener.gone([KEYS[0]])
     await asyncio.wait_for(rig.hand_over.ended(), 5)
     assert rig.store.abandoned == [KEYS[2]]
     assert list(rig.store.committed) == [KEYS[1]]
@@ -407,7 +424,7 @@ async def test_a_share_lost_before_a_commit_sends_what_is_not_whole_to_the_arena
     rig.hand_over.begin(KEYS, PAGES, 1)
     rig.hand_over.layers_done(1, 2, 0, 2)
     await rig.until(lambda: KEYS[0] in rig.store.shared and len(rig.store.reported) == 1)
-    rig.hand_over.lost()
+    rig.listener.lost()
     await rig.finish()
     assert list(rig.store.shared) == [KEYS[0]], "nothing is shared after it"
     assert rig.store.committed == {KEYS[1]: digest_of(1), KEYS[2]: digest_of(2)}
@@ -420,7 +437,7 @@ async def test_a_share_lost_before_the_reservation_is_answered(rig: Rig) -> None
     rig.store.gate.clear()
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.until(lambda: rig.store.listener is not None)
-    rig.hand_over.lost()
+    rig.listener.lost()
     rig.store.gate.set()
     await rig.finish()
     assert rig.store.shared == {}
@@ -432,7 +449,7 @@ async def test_without_room_what_a_lost_share_leaves_is_given_up(rig: Rig) -> No
     rig.store.no_room = {KEYS[2]}
     rig.hand_over.begin(KEYS, PAGES, 2)
     await rig.until(lambda: len(rig.store.shared) == 2)
-    rig.hand_over.lost()
+    rig.listener.lost()
     await asyncio.wait_for(rig.hand_over.ended(), 5)
     assert rig.store.abandoned == [KEYS[2]]
     assert rig.store.committed == {}
@@ -443,7 +460,7 @@ async def test_a_share_lost_during_a_commit_that_succeeds_keeps_no_page(rig: Rig
     rig.store.sharing_gate.clear()
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.store.sharing.wait()
-    rig.hand_over.lost()
+    rig.listener.lost()
     rig.store.sharing_gate.set()
     await asyncio.wait_for(rig.hand_over.ended(), 5)
     assert len(rig.store.shared) == 3
@@ -456,8 +473,8 @@ async def test_a_share_lost_during_a_commit_that_fails_writes_to_the_arena(rig: 
     rig.store.fault["share"] = InvalidRequest.single("blocks.pool_page", "not shared now")
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.store.sharing.wait()
-    rig.hand_over.wanted([KEYS[1]])
-    rig.hand_over.lost()
+    rig.listener.wanted([KEYS[1]])
+    rig.listener.lost()
     rig.store.sharing_gate.set()
     await asyncio.wait_for(rig.hand_over.ended(), 5)
     assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
@@ -477,7 +494,7 @@ async def test_a_share_lost_after_a_commit_keeps_no_page(rig: Rig) -> None:
     rig.store.shares = True
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.until(lambda: len(rig.store.shared) == 3)
-    rig.hand_over.lost()
+    rig.listener.lost()
     await asyncio.wait_for(rig.hand_over.ended(), 5)
     assert rig.store.abandoned == []
 

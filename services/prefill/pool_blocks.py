@@ -1,0 +1,171 @@
+"""The blocks of one prompt that stay in the worker's pool until they were read.
+
+Each is told of layer by layer, for readers that copy ahead; digested once it is whole; named on the
+receipt; and committed where it is. From then on its page is kept until the store says that the
+block is gone: it was read, or its leases have ended. While nothing else is left to do the store is
+asked for the lease as well, so that no page is kept for one that has ended, or for a store that
+does not answer.
+
+If someone who cannot map the pool waits for a block, it is `wanted` in the arena after all. When
+the pool's registration is lost, so are the blocks that were committed; nothing stays from there on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+from services.prefill.block import Block
+from services.prefill.block_writer import BlockWriter
+from services.prefill.pending_receipt import PendingReceipt
+from splitserve.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseEnded,
+    SplitserveError,
+    Unavailable,
+)
+from splitserve.kv.layout import Lease
+from splitserve.kv.pool_sharing import PoolShare
+
+ASK_EVERY_S = 0.5
+"""How often the lease is asked for while pages are kept for readers only, and how long the answer
+may take: together no page outlives its lease by more than a second.
+"""
+
+ANSWER_WITHIN_S = 0.005
+"""So long the last commit lets the first tokens go ahead: its message takes the loop longer to make
+than the answer does, and the decode worker waits for the answer alone.
+"""
+
+_log = logging.getLogger(__name__)
+
+
+class PoolBlocks:
+    """Implements `ShareListener`. `news` is set whenever there is something to do."""
+
+    def __init__(
+        self, lease: Lease, *, num_layers: int, news: asyncio.Event, ask_every_s: float
+    ) -> None:
+        self._lease = lease
+        self._num_layers = num_layers
+        self._news = news
+        self._ask_every_s = ask_every_s
+        self._kept: dict[bytes, Block] = {}
+        self.wanted_blocks: list[Block] = []
+        self.share: PoolShare | None = None
+        self.receipt = PendingReceipt()
+
+    @property
+    def kept(self) -> list[Block]:
+        """Committed blocks whose pages someone may still read."""
+        return list(self._kept.values())
+
+    # -- what the store says -------------------------------------------------------------------
+
+    def gone(self, keys: Iterable[bytes]) -> None:
+        """See `ShareListener.gone`."""
+        for key in keys:
+            self._kept.pop(key, None)
+        self._news.set()
+
+    def wanted(self, keys: Iterable[bytes]) -> None:
+        """See `ShareListener.wanted`."""
+        self.wanted_blocks += [self._kept.pop(key) for key in keys if key in self._kept]
+        self._news.set()
+
+    def lost(self) -> None:
+        """See `ShareListener.lost`. Nothing is shared from here on."""
+        self.share = None
+        self.receipt.finish(None)
+        self.gone(list(self._kept))
+
+    # -- what the hand-over does ---------------------------------------------------------------
+
+    async def leave(
+        self, store: BlockWriter, blocks: Seq[Block], pending: Seq[Block]
+    ) -> Seq[Block]:
+        """Tell of what is ready of `blocks`, and commit what is whole. Which were committed: none,
+        if the share was lost meanwhile. `pending` are all that are not committed yet.
+        """
+        share = self.share
+        if share is None:
+            return []
+        try:
+            return await self._leave(store, share, blocks, pending)
+        except InvalidRequest:
+            if self.share is share:
+                raise
+            return []
+
+    async def outlast(self, store: BlockWriter) -> SplitserveError | None:
+        """Wait for news of the pages that are kept, but not past the end of their lease, or of the
+        store, which is returned as an error.
+        """
+        try:
+            async with asyncio.timeout(self._ask_every_s):
+                await self._news.wait()
+            return None
+        except TimeoutError:
+            pass
+        error = None
+        try:
+            async with asyncio.timeout(self._ask_every_s):
+                await store.check_lease(self._lease)
+            return None
+        except LeaseEnded:
+            _log.info("the lease has ended, its pages are kept no longer")
+        except (Unavailable, DeadlineExceeded, TimeoutError):
+            error = Unavailable("the store does not answer")
+            _log.info("the store does not answer, pages are kept for it no longer")
+        # Not abandoned: that is a wait for the store as well. Who still reads them finds out.
+        self._kept.clear()
+        self.wanted_blocks.clear()
+        return error
+
+    async def _leave(
+        self, store: BlockWriter, share: PoolShare, blocks: Seq[Block], pending: Seq[Block]
+    ) -> Seq[Block]:
+        ends = [block.ready for block in blocks]
+        whole = [block for block in blocks if block.ready == self._num_layers]
+        partial = [(b.key, b.page, b.ready) for b in blocks if b.ready < self._num_layers]
+        if partial:
+            await store.report_layers(self._lease, share, partial)
+        if self.share is not share:
+            return []
+        if whole:
+            places = [(block.key, block.num_tokens, block.page) for block in whole]
+            digests = await store.seal_pages(places)
+            last = not any(block.stays for block in pending if block not in whole)
+            await self._note_sealed(share, whole, digests, last)
+            if self.share is not share:
+                return []
+            await self._commit(store, share, whole, digests)
+        for block, end in zip(blocks, ends, strict=True):
+            block.written = end
+        return whole
+
+    async def _note_sealed(
+        self, share: PoolShare, whole: Seq[Block], digests: Seq[bytes], last: bool
+    ) -> None:
+        """After the last the receipt can be given, and the answer goes out ahead of the commit."""
+        self.receipt.add((b.index, b.page, d) for b, d in zip(whole, digests, strict=True))
+        if last:
+            self.receipt.finish(share)
+            await self.receipt.out(ANSWER_WITHIN_S)
+
+    async def _commit(
+        self, store: BlockWriter, share: PoolShare, whole: Seq[Block], digests: Seq[bytes]
+    ) -> None:
+        # News of them may come before the answer, that all are lost as well.
+        self._kept.update((block.key, block) for block in whole)
+        sealed = [(b.key, b.page, d) for b, d in zip(whole, digests, strict=True)]
+        try:
+            await store.share_pages(self._lease, share, sealed)
+        except LeaseEnded:
+            if not self.receipt.is_given:
+                raise
+            # Who had the receipt has read the pages, and the lease was released for it.
+            self._kept.clear()
