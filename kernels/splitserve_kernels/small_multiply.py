@@ -168,7 +168,7 @@ def _multiply(
             up = _add_product(w_tile, x_tile, up, PRECISE_K)
 
     if SPLITS == 1:
-        _store(
+        store_tile(
             acc,
             up,
             bias,
@@ -194,7 +194,7 @@ def _multiply(
             acc = collect(acc, sums, place, step, split, SPLITS)
             if GATE != "":
                 up = collect(up, sums, place + 1, step, split, SPLITS)
-            _store(
+            store_tile(
                 acc,
                 up,
                 bias,
@@ -226,7 +226,7 @@ def _add_product(
 
 
 @triton.jit
-def _store(
+def store_tile(
     acc: tl.tensor,
     up: tl.tensor,
     bias: tl.tensor,

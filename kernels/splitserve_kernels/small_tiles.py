@@ -17,7 +17,7 @@ are still seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
@@ -25,6 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
+
+from splitserve_kernels.fp8_rows import FP8_MAX
 
 MAX_ROWS = 64
 """The most rows that count as few."""
@@ -33,8 +36,16 @@ MAX_SPLITS = 16
 MAX_TILES = 1 << 14
 """How many tiles with split sums one product may have."""
 
+TWO_A_PROCESSOR = 113 << 10
+"""Bytes of shared memory that each of two programs on one multiprocessor of Hopper may have."""
+
 LINE_BYTES = tl.constexpr(128)
 """What one prefetch brings into the L2 cache."""
+
+LEAST_PEAK = 2.0**-100
+"""What counts as a block's largest magnitude where that is less, or zero: its inverse is finite."""
+
+_FP8_MAX, _LEAST_PEAK = tl.constexpr(FP8_MAX), tl.constexpr(LEAST_PEAK)
 
 TOLERANCE = MappingProxyType(
     {
@@ -73,6 +84,21 @@ class TilePlan:
     def options(self) -> dict[str, int]:
         """What the compiler takes beside the kernel's own constants."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def with_rows_of_16_bits(self, *, gated: bool, alone: bool) -> TilePlan:
+        """This plan for codes, with as many stages as there is room for where rows come in 16 bits.
+
+        `alone`: the only program of its multiprocessor; otherwise there are two.
+        """
+        room = TWO_A_PROCESSOR * (2 if alone else 1)
+        weight = self.block_n * self.block_k * (2 if gated else 1)
+        codes = self.block_m * self.block_k
+        # Rows take one stage less than the weight, and half a stage for their codes.
+        stages = (room + codes) // (weight + 2 * codes)
+        if stages < 3 and self.block_k > 128:
+            shorter = replace(self, block_k=self.block_k // 2, num_stages=2 * self.num_stages)
+            return shorter.with_rows_of_16_bits(gated=gated, alone=alone)
+        return replace(self, num_stages=min(stages, self.num_stages))
 
 
 def pad_rows(rows: int, least: int = 8) -> int:
@@ -126,6 +152,15 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def round_blocks_reference(x: Tensor, block_k: int, dtype: torch.dtype) -> Tensor:
+    """(m, k) fp32: rows as they are multiplied, codes of type `dtype` times their block's step."""
+    width = x.shape[1]
+    blocks = functional.pad(x.float(), (0, -width % block_k)).reshape(len(x), -1, block_k)
+    steps = blocks.abs().amax(2, keepdim=True).clamp_min(LEAST_PEAK) * (1 / FP8_MAX)
+    codes = (blocks * (1 / steps)).to(dtype)
+    return (codes.float() * steps).reshape(len(x), -1)[:, :width]
 
 
 @triton.jit
@@ -202,3 +237,34 @@ def collect(
             part = sums + (first + each * step).to(tl.int64) * (height * width)
             total += tl.load(part + places, cache_modifier=".cg")
     return total
+
+
+@triton.jit
+def block_steps(x_tile: tl.tensor) -> tl.tensor:
+    """Steps of rows (rows, columns), fp32: their largest magnitudes at the largest code."""
+    peak = tl.max(tl.abs(x_tile.to(tl.float32)), 1)
+    return tl.maximum(peak, _LEAST_PEAK) * (1.0 / _FP8_MAX)
+
+
+@triton.jit
+def block_codes(x_tile: tl.tensor, step: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """(columns, rows) codes of (rows, columns) with these steps.
+
+    A NaN has a code, and an infinity becomes one, as its step's inverse is zero.
+    """
+    # A division a row: one a number costs as much again as all the rest.
+    return tl.trans((x_tile.to(tl.float32) * (1.0 / step)[:, None]).to(DTYPE))
+
+
+@triton.jit
+def add_block(
+    w_tile: tl.tensor, codes: tl.tensor, unit: tl.tensor, acc: tl.tensor, PRECISE_K: tl.constexpr
+) -> tl.tensor:
+    """acc + the product of a block times what one unit of it is. The block's own sum goes on in
+    fp32 after PRECISE_K columns.
+    """
+    if PRECISE_K > 0 and w_tile.shape[1] > PRECISE_K:
+        part = tl.dot(w_tile, codes, max_num_imprecise_acc=PRECISE_K)
+    else:
+        part = tl.dot(w_tile, codes)
+    return acc + part * unit

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from splitserve_kernels.fp8_rows import quantize_rows_fp8
 from splitserve_kernels.small_linear_fp8 import (
+    CODES,
     choose_fp8,
     small_gated_linear_fp8,
     small_linear_fp8,
@@ -13,8 +16,14 @@ from splitserve_kernels.small_multiply import Activation
 from splitserve_kernels.small_tiles import MAX_ROWS, TilePlan, num_processors
 from torch import Tensor
 
-from splitserve.quant.linear_protocol import CodedRows
+from splitserve.quant.linear_protocol import CodedRows, Rows
 from splitserve.quant.matrix import QuantizedMatrix
+
+MOST_WHOLE_ROWS: Final = 0
+"""The most rows that go into a product in 16 bits and become codes in its own launch; above, a
+launch before it makes them. 0, never, until it is measured on a GPU: the largest M at which `whole`
+beats `coded` in `benchmarks/kernels/linear.py --whole`, on `out` and `down`, belongs here.
+"""
 
 
 class Fp8Linear:
@@ -28,7 +37,7 @@ class Fp8Linear:
         self._bias = None if bias is None else bias.to(dtype)
         self._step = matrix.input_scale
         self._dtype = dtype
-        self._plans: dict[tuple[int, bool], TilePlan | None] = {}
+        self._plans: dict[tuple[int, bool, bool], TilePlan | None] = {}
 
     @staticmethod
     def takes(matrix: QuantizedMatrix, dtype: torch.dtype) -> bool:
@@ -49,34 +58,45 @@ class Fp8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
-        return self.of_codes(CodedRows(*quantize_rows_fp8(x, step=self._step)))
+        plan = self._plan(x, gated=False) if self._takes_whole(x) else None
+        if plan is None:
+            return self.of_codes(CodedRows(*quantize_rows_fp8(x, step=self._step)))
+        return self._by_kernel(x, None, plan)
 
     def of_codes(self, x: CodedRows) -> Tensor:
         """See `CodesLinear`."""
-        plan = self._plan(x.codes.shape[0], gated=False)
+        plan = self._plan(x.codes, gated=False)
+        return self._by_library(x) if plan is None else self._by_kernel(x.codes, x.steps, plan)
+
+    def gated(self, x: Rows, activation: Activation) -> Tensor | None:
+        """See `TritonLinear.gated`. None, too, for rows that have to be codes before."""
+        if self._bias is not None or (isinstance(x, Tensor) and not self._takes_whole(x)):
+            return None
+        rows, steps = (x, None) if isinstance(x, Tensor) else (x.codes, x.steps)
+        plan = self._plan(rows, gated=True)
         if plan is None:
-            return self._by_library(x)
-        return small_linear_fp8(
-            x.codes,
-            x.steps,
+            return None
+        return small_gated_linear_fp8(
+            rows,
+            steps,
             self._codes,
             self._scales,
-            bias=self._bias,
+            activation,
             out_dtype=self._dtype,
             plan=plan,
         )
 
-    def gated(self, x: CodedRows, activation: Activation) -> Tensor | None:
-        """See `TritonLinear.gated`."""
-        plan = None if self._bias is not None else self._plan(x.codes.shape[0], gated=True)
-        if plan is None:
-            return None
-        return small_gated_linear_fp8(
-            x.codes,
-            x.steps,
+    def _takes_whole(self, x: Tensor) -> bool:
+        """A step that is fixed is for the whole input, not for a block."""
+        return x.shape[0] <= MOST_WHOLE_ROWS and self._step is None
+
+    def _by_kernel(self, x: Tensor, steps: Tensor | None, plan: TilePlan) -> Tensor:
+        return small_linear_fp8(
+            x,
+            steps,
             self._codes,
             self._scales,
-            activation,
+            bias=self._bias,
             out_dtype=self._dtype,
             plan=plan,
         )
@@ -94,13 +114,14 @@ class Fp8Linear:
         )
         return out.to(self._dtype)
 
-    def _plan(self, rows: int, *, gated: bool) -> TilePlan | None:
+    def _plan(self, x: Tensor, *, gated: bool) -> TilePlan | None:
+        rows, coded = x.shape[0], x.dtype is CODES
         if rows > MAX_ROWS:
             return None
-        key = (rows, gated)
+        key = (rows, gated, coded)
         if key not in self._plans:
             processors = num_processors(self._codes.device)
             self._plans[key] = choose_fp8(
-                rows, *self._codes.shape, num_processors=processors, gated=gated
+                rows, *self._codes.shape, num_processors=processors, gated=gated, coded=coded
             )
         return self._plans[key]

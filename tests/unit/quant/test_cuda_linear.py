@@ -43,3 +43,35 @@ def test_a_product_is_that_of_the_widened_weight(kind: str, shape: tuple[int, in
         rounding = x.float().abs() @ wide.abs().T / 16 if kind.startswith("fp8") else 0.0
         most = (5e-2 if "-" in kind else 2e-2) * wanted.abs().max()
         assert ((out.float().cpu() - wanted).abs() <= most + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_whole_rows_are_those_rounded_by_block(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from splitserve_kernels.small_linear_fp8 import choose_fp8, small_linear_fp8_reference
+    from splitserve_kernels.small_tiles import TOLERANCE, num_processors
+
+    from splitserve.quant import fp8_linear
+
+    monkeypatch.setattr(fp8_linear, "MOST_WHOLE_ROWS", 64)
+    device, (n, k) = torch.device("cuda"), (4096, 1024)
+    matrix = replace(quantize_fp8(torch.randn(n, k) / 32), quantizes_input=True)
+    bias = torch.randn(n).to(dtype)
+    product = make_quantized_linear(matrix, bias, dtype, device)
+    for rows in (1, 3, 16, 17, 64):
+        x = (torch.randn(rows, k) * torch.logspace(-3, 2, k)).to(dtype).to(device)
+        x[0, ::3] = 0
+        plan = choose_fp8(rows, n, k, num_processors=num_processors(device), coded=False)
+        assert plan
+        exact = small_linear_fp8_reference(
+            x,
+            None,
+            matrix.codes.to(device),
+            matrix.scales.to(device),
+            bias=bias.to(device),
+            block_k=plan.block_k,
+        )
+        error = (product(x).float() - exact).norm(dim=1) / exact.norm(dim=1)
+        # Sums of fp8 have some 14 bits on the way, fewer than fp16's tolerance asks for.
+        assert error.max() <= TOLERANCE[torch.bfloat16]
