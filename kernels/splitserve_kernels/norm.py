@@ -259,7 +259,7 @@ def _check(
 
 
 @triton.jit
-def _scale_rms(
+def scale_rms(
     wide: tl.tensor,
     scale: tl.tensor,
     weight: tl.tensor,
@@ -322,7 +322,7 @@ def _add_norm(
         normed = normed.to(dtype)
     else:
         factors = tl.load(weight + columns, mask=inside, other=0.0)
-        normed = _scale_rms(wide, scale, factors, dtype, WIDE)
+        normed = scale_rms(wide, scale, factors, dtype, WIDE)
     if steps is not None:
         normed = tl.where(inside, normed.to(tl.float32), 0.0)
         step = row_step(row_peak(normed), fixed)
@@ -375,6 +375,6 @@ def _heads_norm(
             normed += tl.load(bias + factor_places, mask=factor_mask, other=0.0).to(tl.float32)
         normed = normed.to(dtype)
     else:
-        normed = _scale_rms(wide, scale, factors, dtype, WIDE)
+        normed = scale_rms(wide, scale, factors, dtype, WIDE)
     places = row * out_stride + heads * out_head_stride + dims
     tl.store(out + places, normed, mask=inside)

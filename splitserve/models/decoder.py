@@ -41,20 +41,26 @@ class BlockNorms:
 class Residual:
     """The residual stream: (rows, hidden_size) hidden states, and what is yet to be added to them.
 
-    The sum is left to the norm that reads it next, which may make it in its own pass.
+    The sum is left to the norm that reads it next, which may make it in its own pass, the ranks'
+    sum with it. It is made once: a group may overwrite what it sums.
     """
 
     x: Tensor
     delta: Tensor | None = None
+    group: Group | None = None
+    """Whose ranks each have a part of `delta`; None where it is whole."""
 
     def total(self) -> Tensor:
         """The sum."""
-        return self.x if self.delta is None else self.x + self.delta
+        if self.delta is None:
+            return self.x
+        whole = self.delta if self.group is None else self.group.all_reduce(self.delta)
+        return self.x + whole
 
     def read(self, norm: Norm | None) -> tuple[Tensor, Rows]:
         """The sum, and that normalised for the products that read it."""
         if norm is not None:
-            return norm.read(self.x, self.delta)
+            return norm.read(self.x, self.delta, self.group)
         x = self.total()
         return x, x
 
@@ -78,21 +84,26 @@ class Block:
         attended: Callable[[], None] | None = None,
     ) -> Residual:
         """`attended` is called when keys and values have been stored."""
-        norms, group = self.norms, self.group
+        norms = self.norms
         x, normed = stream.read(norms.attention_input)
         mixed = self.attention(normed, rotation, attend)
         if attended:
             attended()
         if self.parallel:
             own = norms.mlp_input.read(x, None)[1] if norms.mlp_input else normed
-            return Residual(x, group.all_reduce(mixed + self.mlp(own)))
-        stream = Residual(x, _apply(norms.attention_output, group.all_reduce(mixed)))
+            return Residual(x, mixed + self.mlp(own), self.group)
+        stream = self._with(x, mixed, norms.attention_output)
         if norms.after_attention:
             stream = Residual(norms.after_attention(stream.total()))
         x, normed = stream.read(norms.mlp_input)
-        fed = group.all_reduce(self.mlp(normed))
-        stream = Residual(x, _apply(norms.mlp_output, fed))
+        stream = self._with(x, self.mlp(normed), norms.mlp_output)
         return Residual(norms.after_mlp(stream.total())) if norms.after_mlp else stream
+
+    def _with(self, x: Tensor, part: Tensor, norm: Norm | None) -> Residual:
+        """The stream with the sum of all ranks' `part`, which a norm of its own has to know."""
+        if norm is None:
+            return Residual(x, part, self.group)
+        return Residual(x, norm(self.group.all_reduce(part)))
 
 
 class Decoder:
@@ -163,7 +174,3 @@ class Decoder:
     def scores(self, hidden: Tensor) -> Tensor:
         """`logits` in the type that they are computed in."""
         return self._unembedding(hidden)
-
-
-def _apply(norm: Norm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)

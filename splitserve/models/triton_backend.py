@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 import torch
 from splitserve_kernels.activation import activate, activate_fp8
+from splitserve_kernels.all_reduce import all_reduce_add_norm
 from splitserve_kernels.norm import add_norm, add_norm_fp8, heads_norm
 from splitserve_kernels.rotary import rotation
 from splitserve_kernels.small_multiply import Activation as GateActivation
@@ -22,6 +23,7 @@ from splitserve.models.linear import Linear
 from splitserve.models.rope import RopeConfig
 from splitserve.models.triton_experts import TritonExperts
 from splitserve.models.triton_linear import TritonLinear
+from splitserve.parallel.group import Group
 from splitserve.quant.fp8_linear import Fp8Linear
 from splitserve.quant.linear_protocol import CodedRows, Rows, multiply
 
@@ -105,7 +107,9 @@ class TritonMlp(Mlp):
 
 
 class TritonNorm:
-    """Implements `Norm`: the sum before it, and codes after it, in the same launch."""
+    """Implements `Norm`: the sum before it, and codes after it, in the same launch; without codes
+    the ranks' sum, too, where the group has peers.
+    """
 
     def __init__(
         self, config: NormConfig, weight: Tensor | None, bias: Tensor | None, *, codes: bool
@@ -125,8 +129,16 @@ class TritonNorm:
         assert self._weight is not None
         return heads_norm(x, self._weight, self._bias, self._eps, **self._options)
 
-    def read(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Rows]:
+    def read(
+        self, x: Tensor, delta: Tensor | None, group: Group | None = None
+    ) -> tuple[Tensor, Rows]:
         """See `Norm.read`."""
+        if delta is not None and group is not None:
+            peers = None if self._codes else group.peers(delta)
+            if peers is not None:
+                weights = (self._weight, self._bias, self._eps)
+                return all_reduce_add_norm(delta, x, *weights, peers, **self._options)
+            delta = group.all_reduce(delta)
         own = (x, delta, self._weight, self._bias, self._eps)
         if not self._codes:
             return add_norm(*own, **self._options)

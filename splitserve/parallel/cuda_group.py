@@ -10,6 +10,7 @@ import itertools
 import os
 import threading
 from datetime import timedelta
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,17 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from splitserve.parallel.ending import Ending
+
+if TYPE_CHECKING:
+    # Needs triton, which only machines with a GPU have.
+    from splitserve_kernels.peer_memory import PeerMemory
+
+SmallSums: TypeAlias = Literal["torch", "own"]
+SMALL_SUMS: Final[SmallSums] = "torch"
+"""Whose kernel adds up small messages: torch's, or our own, which takes the residual's sum and the
+norm into the same launch. Ours has not been timed yet. `benchmarks/kernels/all_reduce.py` decides:
+"own" once its "own + norm" is ahead of "torch + norm" at every size, and no check fails.
+"""
 
 TIMEOUT_S = 60.0
 LEAVE_S = 5.0
@@ -47,6 +59,7 @@ class CudaGroup:
         *,
         one_node: bool,
         in_rank_order: bool = False,
+        small_sums: SmallSums = SMALL_SUMS,
     ) -> None:
         _keep_multicast_off()
         torch.cuda.set_device(device)
@@ -62,7 +75,12 @@ class CudaGroup:
         self.size = size
         self._in_rank_order = in_rank_order and size > 2
         self._ending = ending
-        self._one_shot = _open_one_shot(device) if one_node and not self._in_rank_order else None
+        # Ours adds in the order of ranks anyway. But a norm may differ in its last bit between one
+        # launch with the sum and one after it, and which it is depends on the rows beside it.
+        self._one_shot = None
+        self._lends_peers = not in_rank_order
+        if one_node and (small_sums == "own" or not self._in_rank_order):
+            self._one_shot = _open_one_shot(device, small_sums)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Group.all_reduce`."""
@@ -75,6 +93,12 @@ class CudaGroup:
         except RuntimeError as error:
             self._ending.lost("a sum between ranks", error)
         return x
+
+    def peers(self, x: Tensor) -> PeerMemory | None:
+        """See `Group.peers`."""
+        if self._one_shot is None or not self._lends_peers:
+            return None
+        return self._one_shot.peers(x)
 
     def all_gather_columns(self, x: Tensor) -> Tensor:
         """See `Group.all_gather_columns`."""
@@ -115,7 +139,23 @@ class CudaGroup:
         return parts
 
 
-class _OneShot:
+class _OneShot(Protocol):
+    """A sum of small messages, for which every rank reads every other's."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it sums such a message; alike on all ranks, as its shape is."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum, in new memory."""
+        ...
+
+    def peers(self, x: Tensor) -> PeerMemory | None:
+        """See `Group.peers`."""
+        ...
+
+
+class _TorchOneShot:
     """Every rank reads every other's message out of its memory and adds it up itself.
 
     One kernel, safe in a CUDA graph: it waits for all ranks at its start and at its end.
@@ -138,25 +178,39 @@ class _OneShot:
         )
         return total
 
+    def peers(self, x: Tensor) -> None:
+        """See `Group.peers`: only torch's own kernel knows how its ranks wait."""
 
-def _open_one_shot(device: torch.device) -> _OneShot | None:
+
+def _open_one_shot(device: torch.device, kernel: SmallSums) -> _OneShot | None:
     """None unless every rank can: GPUs that cannot reach each other's memory, an older torch."""
-    import torch.distributed._symmetric_memory as symmetric
-
     world = dist.group.WORLD
     if world is None or not _all(device, next(_OPENINGS) == 0):
         return None
-    buffers = {}
+    one_shot: _OneShot | None = None
     try:
-        for dtype in _ONE_SHOT_DTYPES:
-            buffer = symmetric.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
-            symmetric.rendezvous(buffer, world)
-            buffers[dtype] = buffer
-        one_shot = _OneShot(buffers, world.group_name)
-        works = hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy")
-    except (RuntimeError, AttributeError):
-        works = False
-    return one_shot if _all(device, works) else None
+        one_shot = _open_own(device, world) if kernel == "own" else _open_torch(device, world)
+    except (RuntimeError, AttributeError, ImportError, ValueError):
+        one_shot = None
+    return one_shot if _all(device, one_shot is not None) else None
+
+
+def _open_torch(device: torch.device, world: dist.ProcessGroup) -> _OneShot | None:
+    import torch.distributed._symmetric_memory as symmetric
+
+    buffers = {}
+    for dtype in _ONE_SHOT_DTYPES:
+        buffer = symmetric.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
+        symmetric.rendezvous(buffer, world)
+        buffers[dtype] = buffer
+    works = hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy")
+    return _TorchOneShot(buffers, world.group_name) if works else None
+
+
+def _open_own(device: torch.device, world: dist.ProcessGroup) -> _OneShot:
+    from splitserve.parallel.peer_sums import open_peer_sums
+
+    return open_peer_sums(world, device, TIMEOUT_S)
 
 
 def _all(device: torch.device, vote: bool) -> bool:

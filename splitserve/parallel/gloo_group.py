@@ -43,6 +43,9 @@ class GlooGroup:
             total += part
         return total.to(x.dtype)
 
+    def peers(self, x: Tensor) -> None:
+        """See `Group.peers`."""
+
     def all_gather_columns(self, x: Tensor) -> Tensor:
         """See `Group.all_gather_columns`."""
         return torch.cat(self._gather(x.contiguous()), dim=-1)

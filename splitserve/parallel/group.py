@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    # Needs triton, which only machines with a GPU have.
+    from splitserve_kernels.peer_memory import PeerMemory
 
 
 class Group(Protocol):
@@ -29,6 +33,12 @@ class Group(Protocol):
         """The sum of all ranks' `x`, contiguous of any shape. `x` itself may be overwritten."""
         ...
 
+    def peers(self, x: Tensor) -> PeerMemory | None:
+        """What a kernel needs to sum (rows, width) `x` over all ranks in its own launch, in place
+        of `all_reduce`; None where it cannot. Alike on all ranks, as the shape of `x` is.
+        """
+        ...
+
     def all_gather_columns(self, x: Tensor) -> Tensor:
         """(rows, columns) of each rank as (rows, size * columns), in the order of ranks."""
         ...
@@ -51,6 +61,9 @@ class SingleGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Group.all_reduce`."""
         return x
+
+    def peers(self, x: Tensor) -> None:
+        """See `Group.peers`."""
 
     def all_gather_columns(self, x: Tensor) -> Tensor:
         """See `Group.all_gather_columns`."""

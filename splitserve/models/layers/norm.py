@@ -21,9 +21,12 @@ class Norm(Protocol):
         """Normalise (..., width)."""
         ...
 
-    def read(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Rows]:
+    def read(
+        self, x: Tensor, delta: Tensor | None, group: Group | None = None
+    ) -> tuple[Tensor, Rows]:
         """The residual stream's `x + delta`, and that normalised for the products that read it,
-        which may take it as codes.
+        which may take it as codes. With a group, `delta` is each rank's part of a sum; it may be
+        overwritten.
         """
         ...
 
@@ -35,10 +38,12 @@ class PlainNorm(ABC):
     def __call__(self, x: Tensor) -> Tensor:
         """See `Norm`."""
 
-    def read(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Rows]:
+    def read(
+        self, x: Tensor, delta: Tensor | None, group: Group | None = None
+    ) -> tuple[Tensor, Rows]:
         """See `Norm.read`."""
         if delta is not None:
-            x = x + delta
+            x = x + (delta if group is None else group.all_reduce(delta))
         return x, self(x)
 
 
