@@ -24,6 +24,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +111,29 @@ def profile(engine: Any, batch: int, context: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["ms"])[:12]
 
 
-def step_rows(options: argparse.Namespace, engine: Any, bench: EngineReplay, copy: float) -> Any:
-    spec, rows = engine.spec, []
-    for batch in options.batch:
-        kv = batch * (options.context + STEPS / 2) * spec.block_bytes / spec.block_tokens
-        floor = (options.weight_bytes + kv) / copy * 1e3
-        step = loop_ms(bench, batch, options.context)
-        alone = device_ms(engine, batch, options.context)
-        row = {"batch": batch, "step_ms": step, "device_ms": alone, "exposed_ms": step - alone}
-        row["sampled_ms"] = loop_ms(bench, batch, options.context, SAMPLED)
-        rows.append({**row, "floor_ms": floor, "of_floor": floor / step})
-        print("step", {k: round(v, 3) for k, v in rows[-1].items()}, flush=True)
-        if options.profile:
-            rows[-1]["profile"] = profile(engine, batch, options.context)
-            for kernel in rows[-1]["profile"]:
-                print("   ", kernel)
-    return rows
+def step_row(
+    options: argparse.Namespace, engine: Any, bench: EngineReplay, batch: int
+) -> dict[str, Any]:
+    spec = engine.spec
+    kv = batch * (options.context + STEPS / 2) * spec.block_bytes / spec.block_tokens
+    floor = (options.weight_bytes + kv) / options.copy_bytes_per_s * 1e3
+    step = loop_ms(bench, batch, options.context)
+    alone = device_ms(engine, batch, options.context)
+    row: dict[str, Any] = {
+        "batch": batch,
+        "step_ms": step,
+        "device_ms": alone,
+        "exposed_ms": step - alone,
+        "sampled_ms": loop_ms(bench, batch, options.context, SAMPLED),
+        "floor_ms": floor,
+        "of_floor": floor / step,
+    }
+    print("step", {k: round(v, 3) for k, v in row.items()}, flush=True)
+    if options.profile:
+        row["profile"] = profile(engine, batch, options.context)
+        for kernel in row["profile"]:
+            print("   ", kernel)
+    return row
 
 
 def prefill_row(bench: EngineReplay, size: str) -> dict[str, Any]:
@@ -185,7 +193,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    copy = copy_bytes_per_s()
+    copy = options.copy_bytes_per_s = copy_bytes_per_s()
     began, before = time.perf_counter(), torch.cuda.memory_allocated()
     shape = read_config(options.model)
     engine = open_engine(
@@ -225,14 +233,25 @@ def main() -> None:
         "copy_bytes_per_s": copy,
         "weight_bytes": options.weight_bytes,
         "start_s": start_s,
-        "prefill": [prefill_row(bench, size) for size in options.prefill],
-        "workloads": [workload_row(options, bench, name) for name in options.workload],
-        "steps": step_rows(options, engine, bench, copy),
     }
+    measure(options, engine, bench, document)
     bench.close()
     engine.close()
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def measure(
+    options: argparse.Namespace, engine: Any, bench: EngineReplay, document: dict[str, Any]
+) -> None:
+    """Each row is in the file as soon as it is there."""
+    rows = [
+        *(("steps", partial(step_row, options, engine, bench, batch)) for batch in options.batch),
+        *(("prefill", partial(prefill_row, bench, size)) for size in options.prefill),
+        *(("workloads", partial(workload_row, options, bench, n)) for n in options.workload),
+    ]
+    for kind, row in rows:
+        document.setdefault(kind, []).append(row())
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

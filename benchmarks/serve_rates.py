@@ -145,6 +145,10 @@ def main() -> None:
                         row = rate_row(options, records)
                         rows.append({"mode": mode, "chunk": chunk, "rate": rate, **row})
                         show(f"{mode} {chunk or ''}", rate, row)
+                        save(options, rows)
+
+
+def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if options.json:
         document = {"machine": describe_machine(), "command": " ".join(sys.argv), "rows": rows}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
