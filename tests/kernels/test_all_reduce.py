@@ -76,7 +76,7 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", empty_like)
 
 
-@pytest.mark.parametrize("size", range(2, 9))
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
 @settings(max_examples=4, deadline=None)
 @given(
     shape=st.sampled_from([(1,), (3, 7), (1, 129), (15, 576), (2, 3, 65), (5, 4096)]),
@@ -88,7 +88,7 @@ def test_a_sum_is_in_the_order_of_ranks(
 ) -> None:
     torch.manual_seed(seed)
     ranks = Ranks(size)
-    for rank in range(size):
+    for rank in (0, seed % size):
         parts = parts_of(size, *shape, dtype=dtype)
         before = [part.clone() for part in parts]
         total = ranks.last(rank, lambda peers, parts=parts: all_reduce(parts[peers.rank], peers))
@@ -96,7 +96,7 @@ def test_a_sum_is_in_the_order_of_ranks(
         assert all(map(torch.equal, parts, before))
 
 
-@pytest.mark.parametrize("size", range(2, 9))
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
 @settings(max_examples=4, deadline=None)
 @given(
     rows=st.integers(1, 7),
@@ -123,7 +123,7 @@ def test_with_residual_and_norm(
     weight = (1 + torch.randn(width)).to(weight_type)
     bias = torch.randn(width).to(weight_type) if biased and kind == "layer" else None
     how: Any = {"kind": kind, "wide_weight": wide}
-    for rank in range(size):
+    for rank in (0, seed % size):
         parts = parts_of(size, rows, width, dtype=dtype)
         residual = torch.randn(rows, 2 * width).to(dtype)[:, width:]
 
