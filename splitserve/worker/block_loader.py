@@ -24,83 +24,25 @@ import contextvars
 import logging
 import time
 from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
     Awaitable,
     Callable,
-    Iterable,
     Iterator,
 )
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol
 
 from splitserve.engine.sequence import PageLoad, Sequence
 from splitserve.errors import BlockCorrupt, SplitserveError
-from splitserve.kv.layout import Lease, PartialBlock, ReadableBlock
+from splitserve.kv.layout import Lease, ReadableBlock
 from splitserve.kv.receipt import KvReceipt
+from splitserve.worker.announcements import Announcements
 from splitserve.worker.block_loads import Ahead, Load, LoadGroup, layers_at
-
-STRAGGLER_S = 0.25
-"""How long after the prefill's end an awaited block may take to be announced by the store."""
+from splitserve.worker.block_reader import BlockReader
 
 _log = logging.getLogger(__name__)
 
-
 Loaded = Callable[[str, int], None]
-Decided = tuple[list[ReadableBlock], list[bytes]]
-
-
-class BlockReader(Protocol):
-    """The part of `KvStoreClient` that a loader needs."""
-
-    @property
-    def transport_name(self) -> str:
-        """How bytes travel."""
-        ...
-
-    def await_blocks(
-        self,
-        lease: Lease,
-        keys: Seq[bytes],
-        wait_for_writer: bool,
-        *,
-        timeout_s: float,
-        partial: list[PartialBlock],
-    ) -> AsyncIterator[Decided]:
-        """Name each block once it is decided: readable ones, missing ones. Add what is told of
-        others to `partial`.
-        """
-        ...
-
-    def can_map(self, pool_id: int) -> bool:
-        """Whether blocks of the pool can be copied without a wait."""
-        ...
-
-    async def copy_ahead(
-        self, blocks: Seq[PartialBlock], targets: Seq[Seq[int]], first_layers: Seq[int]
-    ) -> list[bool]:
-        """Copy the layers that there are, but those before the first, to the target pages, without
-        waiting for a pool; which of the blocks were copied.
-        """
-        ...
-
-    async def take_pages(
-        self,
-        lease: Lease,
-        blocks: Seq[ReadableBlock],
-        targets: Seq[Seq[int]],
-        first_layers: Seq[int],
-    ) -> list[bool]:
-        """Copy each block, but the layers before the first, to its target pages and verify it;
-        which of them are good.
-        """
-        ...
-
-    async def let_go(self, lease: Lease, keys: Iterable[bytes]) -> None:
-        """Need blocks in pools no more."""
-        ...
 
 
 @dataclass
@@ -144,8 +86,9 @@ class BlockLoader:
         self._open_store = open_store
         self._loaded = loaded
         self._block_bytes = block_bytes
-        self._wait_for_writer = wait_for_writer
-        self._timeout_s = timeout_s
+        self._announcements = Announcements(
+            lease, block_bytes=block_bytes, wait_for_writer=wait_for_writer, timeout_s=timeout_s
+        )
         self._num_loads = num_loads
         self._num_settled = 0
         self._in_pools: set[bytes] = set()
@@ -154,8 +97,6 @@ class BlockLoader:
         self._context = contextvars.copy_context()
         self._groups: list[LoadGroup] = []
         self._cancelled: set[str] = set()
-        self._prefill_done = asyncio.Event()
-        self._receipt: KvReceipt | None = None
         self.stats = LoadStats()
 
     def load(self, sequence: Sequence, blocks: Seq[PageLoad]) -> None:
@@ -166,8 +107,7 @@ class BlockLoader:
         """The prefill has ended: what nobody has reserved by now will not come. What its receipt
         names is there.
         """
-        self._receipt = receipt
-        self._prefill_done.set()
+        self._announcements.prefill_done(receipt)
 
     def cancel(self, sequence_id: str) -> None:
         """Stop loading for one choice; the core is told as soon as its pages are untouched."""
@@ -226,7 +166,6 @@ class BlockLoader:
 
     def _end(self, group: LoadGroup) -> None:
         self._groups.remove(group)
-        self.stats.ended_ns = time.time_ns()
         for load in group.loads:
             self._settle(load)
         self._let_go_if_done()
@@ -246,7 +185,7 @@ class BlockLoader:
         arrived: dict[bytes, ReadableBlock] = {}
         lost: set[bytes] = set()
         indexes = {block.key: block.index for block in order}
-        announced = self._announcements(store, list(order), group.partial)
+        announced = self._announcements.of(store, list(order), group.partial)
         async with contextlib.aclosing(announced) as announcements:
             async for ready, missing in announcements:
                 group.joinable = False
@@ -296,78 +235,6 @@ class BlockLoader:
         finally:
             self.stats.busy_ns += time.monotonic_ns() - began
 
-    async def _announcements(
-        self, store: BlockReader, wanted: Seq[PageLoad], partial: list[PartialBlock]
-    ) -> AsyncGenerator[Decided, None]:
-        """`await_blocks`, asked again as the prefill goes on, and cut short by its receipt.
-
-        As long as it may, a block that a writer gave up may still come from another worker. Once
-        it has ended, what nobody has reserved will not come.
-        """
-        undecided = {block.key: block for block in wanted}
-        wait = self._wait_for_writer
-        while undecided:
-            if named := self._take_named(store, undecided):
-                yield named, []
-                continue
-            stream = store.await_blocks(
-                self._lease, list(undecided), wait, timeout_s=self._timeout_s, partial=partial
-            )
-            upcoming: asyncio.Future[Decided | None] | None = None
-            try:
-                while undecided:
-                    upcoming = upcoming or asyncio.ensure_future(anext(stream, None))
-                    if wait:
-                        await self._prefill_done_or(upcoming)
-                        if named := self._take_named(store, undecided):
-                            if not undecided:
-                                upcoming.cancel()  # to read it now would hold up the copies
-                            yield named, []
-                            continue
-                        await asyncio.wait({upcoming}, timeout=STRAGGLER_S)
-                        if not upcoming.done():
-                            break
-                    batch, upcoming = await upcoming, None
-                    if batch is None:
-                        break
-                    ready, missing = batch
-                    if wait and not self._prefill_done.is_set():
-                        missing = []
-                    for key in (*(block.key for block in ready), *missing):
-                        undecided.pop(key, None)
-                    yield ready, missing
-            finally:
-                if upcoming is not None:
-                    await _drop(upcoming)
-                await stream.aclose()  # type: ignore[attr-defined]
-            if not wait:
-                return
-            wait = not self._prefill_done.is_set()
-
-    async def _prefill_done_or(self, upcoming: asyncio.Future[Decided | None]) -> None:
-        done = asyncio.ensure_future(self._prefill_done.wait())
-        either: set[asyncio.Future[Any]] = {upcoming, done}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            done.cancel()
-
-    def _take_named(
-        self, store: BlockReader, undecided: dict[bytes, PageLoad]
-    ) -> list[ReadableBlock]:
-        """Those that the receipt names, if there is one and its pool can be read."""
-        receipt = self._receipt
-        if receipt is None or not store.can_map(receipt.pool_id):
-            return []
-        named = []
-        for block in list(undecided.values()):
-            if block.index in receipt.blocks:
-                page, digest = receipt.blocks[block.index]
-                place, size = receipt.place_of(page), self._block_bytes
-                named.append(ReadableBlock(block.key, 0, size, digest, block.num_tokens, place))
-                del undecided[block.key]
-        return named
-
     async def _bring(
         self, store: BlockReader, group: LoadGroup, batch: Seq[tuple[int, ReadableBlock]]
     ) -> None:
@@ -414,12 +281,5 @@ class BlockLoader:
         if not load.settled:
             load.settled = True
             self._num_settled += 1
+            self.stats.ended_ns = time.time_ns()
             self._loaded(load.sequence_id, load.filled)
-
-
-async def _drop(upcoming: asyncio.Future[Decided | None]) -> None:
-    """Whatever it would have brought is not needed any more."""
-    upcoming.cancel()
-    await asyncio.wait({upcoming})
-    if not upcoming.cancelled():
-        upcoming.exception()
