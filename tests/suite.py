@@ -92,19 +92,6 @@ class Service:
                     raise AssertionError(f"{self.tier} exited: {self.text()}")
                 await asyncio.sleep(POLL_S)
 
-    async def wait_deaf(self) -> None:
-        """Wait until its port refuses connections, as it does soon after draining has begun."""
-
-        async def refuses() -> bool:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            except ConnectionRefusedError:
-                return True
-            writer.close()
-            return False
-
-        await eventually(refuses)
-
     async def metrics(self) -> dict[str, float]:
         """Samples of /metrics by name, those with several label sets added up."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"

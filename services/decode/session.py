@@ -187,12 +187,9 @@ class Session:
         if fault:
             self._fail(request, InvalidRequest.single("start", fault))
             return
-        receipt = None
-        if message.HasField("kv_receipt"):
-            receipt = KvReceipt.from_proto(message.kv_receipt)
         request.started = True
         if request.loader:
-            request.loader.prefill_done(receipt)
+            request.loader.prefill_done(_receipt_of(message))
         for choice, sequence in list(request.choices.items()):
             self._start_choice(request, choice, sequence, message.first_token_ids[choice])
         self._forget_if_ended(request)
@@ -312,3 +309,14 @@ class Session:
     def _close_when_idle(self) -> None:
         if self._closing and not self._live:
             self._outbox.close()
+
+
+def _receipt_of(message: decode_pb2.Start) -> KvReceipt | None:
+    """A hint, and no client's fault: one that cannot be read is left aside."""
+    if not message.HasField("kv_receipt"):
+        return None
+    try:
+        return KvReceipt.from_proto(message.kv_receipt)
+    except InvalidRequest as error:
+        _log.warning("a receipt is left aside: %s", error.message)
+        return None

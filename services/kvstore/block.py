@@ -46,7 +46,7 @@ class Block:
     holders: set[str] = field(default_factory=set)
     pool: PoolPlace | None = None
     partial: PartialBlock | None = None
-    read_early: set[str] = field(default_factory=set)
+    read_early: frozenset[str] = frozenset()
 
     @property
     def arena_bytes(self) -> int:

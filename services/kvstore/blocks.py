@@ -133,7 +133,6 @@ class BlockTable:
                 answers.append(Reserved(ReserveOutcome.WRITE, block))
                 continue
             self._hold(lease_id, block)
-            block.read_early.discard(lease_id)
             if spec.key in extents:
                 self._give_space(lease_id, block, extents[spec.key])
             if block.committed:
@@ -185,8 +184,9 @@ class BlockTable:
         for block, digest, place in fresh.values():
             block.pool = place
             self._in_pool.setdefault(place.pool_id, set()).add(block.key)
+            readers = block.read_early
             self._become_visible(block, digest)
-            for reader in block.read_early & block.holders:
+            for reader in readers & block.holders:
                 self._unhold(reader, block)
 
     def abandon(self, lease_id: str, keys: Iterable[bytes]) -> None:
@@ -214,7 +214,7 @@ class BlockTable:
             if block.pool is not None:
                 self._unhold(lease_id, block)
             elif block.extent is None:
-                block.read_early.add(lease_id)
+                block.read_early |= {lease_id}
 
     def drop_damaged(self, lease_id: str, key: bytes, digest: bytes) -> bool:
         """Takes a damaged block out of the table, so that its key can be reserved anew.
@@ -377,6 +377,7 @@ class BlockTable:
         if self._resting.pop(block.key, None) is not None:
             self._resting_bytes -= block.arena_bytes
         block.holders.add(lease_id)
+        block.read_early -= {lease_id}
         self._held_by.setdefault(lease_id, {})[block.key] = None
 
     def _rest(self, block: Block) -> None:

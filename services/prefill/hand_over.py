@@ -88,6 +88,7 @@ class HandOver:
         self._pool = PoolBlocks(
             lease, num_layers=spec.num_layers, news=self._news, ask_every_s=ask_every_s
         )
+        self._is_reserved = False
         self._cancelled = False
         self._task: asyncio.Task[None] | None = None
         self.stats = HandOverStats(lease_id=lease.lease_id)
@@ -121,15 +122,11 @@ class HandOver:
         if self._task:
             self._task.cancel()
 
-    def answered(self) -> None:
-        """The first tokens were sent: what waited for that goes on."""
-        self._pool.receipt.answered()
-
     async def receipt(self, within_s: float) -> KvReceipt | None:
         """What stays in the pool, once that is whole and digested. None: nothing does, or it is
-        not within the time; the store will tell.
+        not within the time, or not reserved yet; the store will tell.
         """
-        return await self._pool.receipt.given(within_s) if self._task else None
+        return await self._pool.receipt.given(within_s) if self._is_reserved else None
 
     async def ended(self) -> None:
         """Wait until nothing here touches a page any more, and nobody else reads one."""
@@ -164,6 +161,7 @@ class HandOver:
             self._pool.share = store.open_share(self._pool)
             try:
                 await self._reserve(store, self._blocks, self._pool.share)
+                self._is_reserved = True
                 if not any(block.stays for block in self._pending):
                     self._pool.receipt.finish(None)
                 await self._hand_over_all(store)
@@ -219,7 +217,8 @@ class HandOver:
         astray = [] if self._pool.share else [block for block in self._pending if block.stays]
         if not (blocks := list(dict.fromkeys([*wanted, *astray]))):
             return
-        self._pending = [block for block in self._pending if block not in blocks]
+        moving = set(blocks)
+        self._pending = [block for block in self._pending if block not in moving]
         try:
             await self._reserve(store, blocks, None)
         except Overloaded as error:

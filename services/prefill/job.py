@@ -76,8 +76,6 @@ class Job:
     async def close(self) -> None:
         """Stop what still runs, unless it is the hand-over of a computed prompt; free the pages."""
         self._relay.unsubscribe(self.sequence.id)
-        if self._hand_over:
-            self._hand_over.answered()
         if self._code is not grpc.StatusCode.OK:
             self._core.abort(self.sequence.id)
             if self._hand_over:

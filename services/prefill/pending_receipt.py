@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Iterable
 
 from splitserve.kv.pool_sharing import PoolShare
@@ -15,7 +14,6 @@ class PendingReceipt:
 
     def __init__(self) -> None:
         self._blocks: dict[int, tuple[int, bytes]] = {}
-        self._answered = asyncio.Event()
         self._done: asyncio.Future[KvReceipt | None] = asyncio.get_running_loop().create_future()
 
     def add(self, blocks: Iterable[tuple[int, int, bytes]]) -> None:
@@ -29,22 +27,12 @@ class PendingReceipt:
         if share is None or not self._blocks:
             self._done.set_result(None)
         else:
-            self._done.set_result(KvReceipt(share.pool_id, share.share_id, self._blocks))
+            self._done.set_result(KvReceipt(share.pool_id, share.share_id, dict(self._blocks)))
 
     @property
-    def is_given(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether there is a receipt for whoever asks."""
         return self._done.done() and self._done.result() is not None
-
-    def answered(self) -> None:
-        """The first tokens are on their way, with the receipt or without."""
-        self._answered.set()
-
-    async def out(self, within_s: float) -> None:
-        """Wait until it is on its way."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._answered.wait()
 
     async def given(self, within_s: float) -> KvReceipt | None:
         """The receipt, or None if there is none within the time."""

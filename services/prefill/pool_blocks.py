@@ -35,11 +35,6 @@ ASK_EVERY_S = 0.5
 may take: together no page outlives its lease by more than a second.
 """
 
-ANSWER_WITHIN_S = 0.005
-"""So long the last commit lets the first tokens go ahead: its message takes the loop longer to make
-than the answer does, and the decode worker waits for the answer alone.
-"""
-
 _log = logging.getLogger(__name__)
 
 
@@ -138,23 +133,15 @@ class PoolBlocks:
         if whole:
             places = [(block.key, block.num_tokens, block.page) for block in whole]
             digests = await store.seal_pages(places)
-            last = not any(block.stays for block in pending if block not in whole)
-            await self._note_sealed(share, whole, digests, last)
+            self.receipt.add((b.index, b.page, d) for b, d in zip(whole, digests, strict=True))
+            if set(whole).issuperset(block for block in pending if block.stays):
+                self.receipt.finish(share)
             if self.share is not share:
                 return []
             await self._commit(store, share, whole, digests)
         for block, end in zip(blocks, ends, strict=True):
             block.written = end
         return whole
-
-    async def _note_sealed(
-        self, share: PoolShare, whole: Seq[Block], digests: Seq[bytes], last: bool
-    ) -> None:
-        """After the last the receipt can be given, and the answer goes out ahead of the commit."""
-        self.receipt.add((b.index, b.page, d) for b, d in zip(whole, digests, strict=True))
-        if last:
-            self.receipt.finish(share)
-            await self.receipt.out(ANSWER_WITHIN_S)
 
     async def _commit(
         self, store: BlockWriter, share: PoolShare, whole: Seq[Block], digests: Seq[bytes]
@@ -165,7 +152,8 @@ class PoolBlocks:
         try:
             await store.share_pages(self._lease, share, sealed)
         except LeaseEnded:
-            if not self.receipt.is_given:
+            if not self.receipt.is_complete:
                 raise
-            # Who had the receipt has read the pages, and the lease was released for it.
+            # Who has the receipt may have read the pages, and the lease been released for it, ahead
+            # of this. Nobody else can read them now.
             self._kept.clear()

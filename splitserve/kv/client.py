@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from splitserve.errors import BlockNotFound
@@ -33,6 +33,9 @@ from splitserve.kv.runs import StoreRun, StoreRuns, TransportChoice
 from splitserve.obs.metrics import Metrics
 from splitserve.rpc.tls import TlsConfig
 from splitserve.v1 import kvstore_pb2
+
+_BLOCKS_PER_COMMIT = 4096
+"""Some 300 KiB of a message that may have 4 MiB."""
 
 _log = logging.getLogger(__name__)
 
@@ -152,29 +155,28 @@ class KvStoreClient(BlockClient):
         pool. From here on the pages must stay as they are until the listener is told that the
         blocks are gone, or they are given up.
         """
-        return await self._pages_mover.seal(self._shared, blocks)
+        with self._measured("device", "write", len(blocks) * self.layout.block_bytes):
+            return await self._pages_mover.seal(self._shared, blocks)
 
     async def share_pages(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, bytes]]
     ) -> None:
-        """Commits sealed (key, page, digest) blocks where they are."""
+        """Commits sealed (key, page, digest) blocks where they are, in the order given."""
         await self._runs.of(lease)
-        request = kvstore_pb2.CommitBlocksRequest(
-            lease=lease.to_proto(),
-            blocks=[
-                kvstore_pb2.BlockCommit(
-                    key=key,
-                    digest=digest,
-                    pool_page=PoolPage(share.pool_id, page, share.share_id).to_proto(),
-                )
-                for key, page, digest in blocks
-            ],
-        )
-        with (
-            self._measured("device", "write", len(blocks) * self.layout.block_bytes),
-            typed_errors(),
-        ):
-            await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
+        for first in range(0, len(blocks), _BLOCKS_PER_COMMIT):
+            request = kvstore_pb2.CommitBlocksRequest(
+                lease=lease.to_proto(),
+                blocks=[
+                    kvstore_pb2.BlockCommit(
+                        key=key,
+                        digest=digest,
+                        pool_page=PoolPage(share.pool_id, page, share.share_id).to_proto(),
+                    )
+                    for key, page, digest in blocks[first : first + _BLOCKS_PER_COMMIT]
+                ],
+            )
+            with typed_errors():
+                await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
 
     async def report_layers(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
@@ -230,6 +232,8 @@ class KvStoreClient(BlockClient):
         blocks: Sequence[ReadableBlock],
         targets: Sequence[Sequence[int]],
         first_layers: Sequence[int] = (),
+        *,
+        hinted: Collection[bytes] = (),
     ) -> list[bool]:
         """Copies each block to all of its target pages, and verifies it. Which of them are good.
 
@@ -237,8 +241,9 @@ class KvStoreClient(BlockClient):
         copied ahead.
 
         The pages of the others have any content if the block is in a pool, else what they had. The
-        store is told of those, so that the blocks can be written anew. A cancelled call ends once
-        it no longer writes the pages.
+        store is told of those, so that the blocks can be written anew, but not of `hinted` keys:
+        it never said that they were there. A cancelled call ends once it no longer writes the
+        pages.
         """
         mover = self._pages_mover
         run = await self._runs.of(lease)
@@ -266,7 +271,7 @@ class KvStoreClient(BlockClient):
             for index, is_whole in zip(part, whole, strict=True):
                 good[index] = is_whole
         for block, is_whole in zip(blocks, good, strict=True):
-            if not is_whole:
+            if not is_whole and block.key not in hinted:
                 await self._drop_damaged(lease, block)
         return good
 

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from splitserve.errors import InvalidRequest
+from splitserve.kv.codec import DIGEST_BYTES
 from splitserve.kv.layout import PoolPage
 from splitserve.v1 import common_pb2
-
-DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,15 @@ class KvReceipt:
 
     @classmethod
     def from_proto(cls, message: common_pb2.KvReceipt) -> KvReceipt:
-        """The dataclass of a message. Raises InvalidRequest if its lists do not fit together."""
+        """The dataclass of a message. Raises InvalidRequest if its lists do not fit together, or a
+        block is named twice.
+        """
         indexes, pages, digests = message.block_indexes, message.pages, message.digests
-        if not len(indexes) == len(pages) == len(digests) / DIGEST_BYTES:
+        sizes = {len(set(indexes)), len(indexes), len(pages)}
+        if len(sizes) > 1 or len(digests) != DIGEST_BYTES * len(indexes):
             raise InvalidRequest.single(
                 "kv_receipt",
-                f"{len(indexes)} blocks, {len(pages)} pages and {len(digests)} bytes of digests",
+                f"{len(set(indexes))} blocks, {len(pages)} pages, {len(digests)} bytes of digests",
             )
         each = (digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES))
         blocks = dict(zip(indexes, zip(pages, each, strict=True), strict=True))

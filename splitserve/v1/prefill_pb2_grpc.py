@@ -50,9 +50,10 @@ class PrefillServiceServicer:
         """Computes a prompt's KV, hands it to the store under the lease, and draws the first token of
         every choice.
 
-        The answer comes as soon as the tokens are drawn, and if blocks stay in the worker's pool as
-        soon as they are digested, a fraction of a millisecond later; the last blocks may be committed
-        to the store shortly after. A cancelled call stops the computation and abandons its blocks.
+        The answer comes as soon as the tokens are drawn and, if blocks stay in the worker's pool, these
+        are digested: a fraction of a millisecond later, 10 ms at most. The last blocks may be committed
+        to the store shortly after. A call that is cancelled before the tokens are drawn stops the
+        computation and abandons its blocks.
 
         Errors:
         * `INVALID_ARGUMENT`: the prompt is empty, over the context, or a token is out of range.

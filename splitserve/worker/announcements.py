@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import contextlib
+from collections.abc import AsyncGenerator, Collection
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -27,12 +28,22 @@ class Announcements:
         self._wait_for_writer = wait_for_writer
         self._timeout_s = timeout_s
         self._receipt: KvReceipt | None = None
+        self._hinted: set[bytes] = set()
         self._prefill_done = asyncio.Event()
 
     def prefill_done(self, receipt: KvReceipt | None) -> None:
         """See `BlockLoader.prefill_done`."""
         self._receipt = receipt
         self._prefill_done.set()
+
+    def forget_receipt(self) -> None:
+        """It is out of date: only the store is asked from here on."""
+        self._receipt = None
+
+    @property
+    def hinted(self) -> Collection[bytes]:
+        """Keys of the blocks that were announced on the receipt's word alone."""
+        return frozenset(self._hinted)
 
     async def of(
         self, store: BlockReader, wanted: Seq[PageLoad], partial: list[PartialBlock]
@@ -51,36 +62,51 @@ class Announcements:
             stream = store.await_blocks(
                 self._lease, list(undecided), wait, timeout_s=self._timeout_s, partial=partial
             )
-            upcoming: asyncio.Future[Decided | None] | None = None
-            try:
-                while undecided:
-                    upcoming = upcoming or asyncio.ensure_future(anext(stream, None))
-                    if wait:
-                        await self._prefill_done_or(upcoming)
-                        if named := self._take_named(store, undecided):
-                            if not undecided:
-                                upcoming.cancel()  # to read it now would hold up the copies
-                            yield named, []
-                            continue
-                        await asyncio.wait({upcoming}, timeout=STRAGGLER_S)
-                        if not upcoming.done():
-                            break
-                    batch, upcoming = await upcoming, None
-                    if batch is None:
-                        break
-                    ready, missing = batch
-                    if wait and not self._prefill_done.is_set():
-                        missing = []
-                    for key in (*(block.key for block in ready), *missing):
-                        undecided.pop(key, None)
-                    yield ready, missing
-            finally:
-                if upcoming is not None:
-                    await _drop(upcoming)
-                await stream.aclose()  # type: ignore[attr-defined]
+            async with contextlib.aclosing(self._of_stream(stream, store, undecided, wait)) as news:
+                async for decided in news:
+                    yield decided
             if not wait:
                 return
             wait = not self._prefill_done.is_set()
+
+    async def _of_stream(
+        self,
+        stream: AsyncGenerator[Decided, None],
+        store: BlockReader,
+        undecided: dict[bytes, PageLoad],
+        wait: bool,
+    ) -> AsyncGenerator[Decided, None]:
+        """What one call to the store says, until all is decided, it ends, or a straggler should be
+        asked for again.
+        """
+        upcoming: asyncio.Future[Decided | None] | None = None
+        try:
+            while undecided:
+                upcoming = upcoming or asyncio.ensure_future(anext(stream, None))
+                if wait:
+                    await self._prefill_done_or(upcoming)
+                    if named := self._take_named(store, undecided):
+                        if not undecided:
+                            upcoming.cancel()  # to read it now would hold up the copies
+                        yield named, []
+                        continue
+                    await asyncio.wait({upcoming}, timeout=STRAGGLER_S)
+                    if not upcoming.done():
+                        return
+                batch, upcoming = await upcoming, None
+                if batch is None:
+                    return
+                ready, missing = batch
+                if wait and not self._prefill_done.is_set():
+                    missing = []
+                for key in (*(block.key for block in ready), *missing):
+                    undecided.pop(key, None)
+                    self._hinted.discard(key)
+                yield ready, missing
+        finally:
+            if upcoming is not None:
+                await _drop(upcoming)
+            await stream.aclose()
 
     async def _prefill_done_or(self, upcoming: asyncio.Future[Decided | None]) -> None:
         done = asyncio.ensure_future(self._prefill_done.wait())
@@ -104,12 +130,18 @@ class Announcements:
                 place, size = receipt.place_of(page), self._block_bytes
                 named.append(ReadableBlock(block.key, 0, size, digest, block.num_tokens, place))
                 del undecided[block.key]
+        self._hinted.update(block.key for block in named)
         return named
 
 
 async def _drop(upcoming: asyncio.Future[Decided | None]) -> None:
     """Whatever it would have brought is not needed any more."""
+    upcoming.add_done_callback(_look_at)
     upcoming.cancel()
     await asyncio.wait({upcoming})
+
+
+def _look_at(upcoming: asyncio.Future[Decided | None]) -> None:
+    """What it raised is not reported as unseen."""
     if not upcoming.cancelled():
         upcoming.exception()

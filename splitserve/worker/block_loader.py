@@ -6,7 +6,7 @@
 3. The group awaits its blocks under the request's lease. Of those that another worker computes
    in a pool that can be mapped, layers are copied as they are told of. All that are committed are
    copied into the pages together, and verified there (`KvStoreClient.take_pages`).
-   What the prefill worker's receipt names is taken at its word, ahead of the store's.
+   What the prefill worker's receipt names is looked for there ahead of the store's word.
 4. The core is told how many good blocks each choice got, counted from the first without a gap.
    What is missing or corrupt is computed on this worker instead: no page counts as filled, and none
    is read, before its block is verified.
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from splitserve.engine.sequence import PageLoad, Sequence
-from splitserve.errors import BlockCorrupt, SplitserveError
+from splitserve.errors import BlockCorrupt, BlockNotFound, SplitserveError
 from splitserve.kv.layout import Lease, ReadableBlock
 from splitserve.kv.receipt import KvReceipt
 from splitserve.worker.announcements import Announcements
@@ -90,7 +90,8 @@ class BlockLoader:
             lease, block_bytes=block_bytes, wait_for_writer=wait_for_writer, timeout_s=timeout_s
         )
         self._num_loads = num_loads
-        self._num_settled = 0
+        # Choices that were told, or will never ask.
+        self._ended: set[str] = set()
         self._in_pools: set[bytes] = set()
         self._letting_go: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -115,6 +116,10 @@ class BlockLoader:
         for group in self._groups:
             if not group.inserting:
                 self._drop_cancelled(group)
+        loading = (load.sequence_id for group in self._groups for load in group.loads)
+        if sequence_id not in loading:
+            self._ended.add(sequence_id)
+            self._let_go_if_done()
 
     async def ended(self) -> None:
         """Wait until nothing that has begun touches a page any more, and others' were let go."""
@@ -128,6 +133,7 @@ class BlockLoader:
     def _begin(self, load: Load) -> None:
         if load.sequence_id in self._cancelled:
             self._settle(load)
+            self._let_go_if_done()
             return
         self.stats.began_ns = self.stats.began_ns or time.time_ns()
         for group in self._groups:
@@ -150,7 +156,7 @@ class BlockLoader:
 
     def _let_go_if_done(self) -> None:
         """Others' pages are not needed any more once every choice has its own."""
-        if 0 < self._num_loads <= self._num_settled and self._in_pools:
+        if 0 < self._num_loads <= len(self._ended) and self._in_pools:
             keys, self._in_pools = self._in_pools, set()
             # Not a part of any load: that of a request that ends at once is cancelled.
             task = self._loop.create_task(self._let_go(keys), context=self._context.copy())
@@ -181,11 +187,24 @@ class BlockLoader:
         """Insert the group's blocks in order until all are there or one is missing."""
         store = await self._open_store(self._lease)
         self.stats.transport = store.transport_name
-        order = list(group.loads[0].blocks)
+        lacking = list(group.loads[0].blocks)
+        if not await self._fill_in_order(store, group, lacking):
+            # They have moved, or gone, since the receipt was given.
+            _log.info("blocks are not where the receipt says, the store is asked")
+            self._announcements.forget_receipt()
+            group.ahead.clear()
+            await self._fill_in_order(store, group, lacking)
+
+    async def _fill_in_order(
+        self, store: BlockReader, group: LoadGroup, lacking: list[PageLoad]
+    ) -> bool:
+        """Takes off `lacking` what is inserted. False: a block that the receipt names is not good,
+        or not there. Raises `BlockCorrupt` for one that the store named.
+        """
         arrived: dict[bytes, ReadableBlock] = {}
         lost: set[bytes] = set()
-        indexes = {block.key: block.index for block in order}
-        announced = self._announcements.of(store, list(order), group.partial)
+        indexes = {block.key: block.index for block in lacking}
+        announced = self._announcements.of(store, list(lacking), group.partial)
         async with contextlib.aclosing(announced) as announcements:
             async for ready, missing in announcements:
                 group.joinable = False
@@ -194,14 +213,24 @@ class BlockLoader:
                 arrived.update((block.key, block) for block in ready)
                 self._in_pools.update(block.key for block in ready if block.pool_page)
                 lost.update(missing)
-                batch: list[tuple[int, ReadableBlock]] = []
-                while order and order[0].key in arrived:
-                    wanted = order.pop(0)
-                    batch.append((wanted.index, arrived.pop(wanted.key)))
-                if batch:
-                    await self._bring(store, group, batch)
-                if not order or order[0].key in lost or group.idle:
-                    return
+                there = takewhile(lambda block: block.key in arrived, lacking)
+                batch = [(block.index, arrived[block.key]) for block in there]
+                num_good = await self._bring_good(store, group, batch)
+                del lacking[:num_good]
+                if num_good < len(batch):
+                    return self._blame(batch[num_good][1])
+                if not lacking or lacking[0].key in lost or group.idle:
+                    break
+        return True
+
+    def _blame(self, block: ReadableBlock) -> bool:
+        """False if the receipt is to blame. Raises `BlockCorrupt` otherwise."""
+        if block.key in self._announcements.hinted:
+            return False
+        self.stats.num_corrupt += 1
+        raise BlockCorrupt(
+            f"block {block.key.hex()[:16]} of {block.size_bytes} bytes is not what it should be"
+        )
 
     async def _copy_ahead(
         self, store: BlockReader, group: LoadGroup, indexes: dict[bytes, int]
@@ -235,12 +264,21 @@ class BlockLoader:
         finally:
             self.stats.busy_ns += time.monotonic_ns() - began
 
+    async def _bring_good(
+        self, store: BlockReader, group: LoadGroup, batch: Seq[tuple[int, ReadableBlock]]
+    ) -> int:
+        """`_bring`; a pool that is gone is no fault where only the receipt named it."""
+        try:
+            return await self._bring(store, group, batch) if batch else 0
+        except BlockNotFound:
+            if any(block.key in self._announcements.hinted for _, block in batch):
+                return 0
+            raise
+
     async def _bring(
         self, store: BlockReader, group: LoadGroup, batch: Seq[tuple[int, ReadableBlock]]
-    ) -> None:
-        """Fill the pages that want these blocks, up to the first that is not good. Raises
-        `BlockCorrupt` then.
-        """
+    ) -> int:
+        """Fill the pages that want these blocks, up to the first that is not good. How many are."""
         fitting = list(takewhile(lambda one: one[1].size_bytes == self._block_bytes, batch))
         blocks = [block for _, block in fitting]
         wanting = [
@@ -257,7 +295,8 @@ class BlockLoader:
         group.inserting = True
         try:
             with self._busy():
-                good = await store.take_pages(self._lease, blocks, targets, firsts)
+                hinted = self._announcements.hinted
+                good = await store.take_pages(self._lease, blocks, targets, firsts, hinted=hinted)
         finally:
             group.inserting = False
         num_good = sum(1 for _ in takewhile(bool, good))
@@ -270,16 +309,11 @@ class BlockLoader:
         for load in group.loads:
             if load.filled == len(load.blocks):
                 self._settle(load)  # now: to end the wait for the store takes longer
-        if num_good < len(batch):
-            self.stats.num_corrupt += 1
-            block = batch[num_good][1]
-            raise BlockCorrupt(
-                f"block {block.key.hex()[:16]} of {block.size_bytes} bytes is not what it should be"
-            )
+        return num_good
 
     def _settle(self, load: Load) -> None:
         if not load.settled:
             load.settled = True
-            self._num_settled += 1
+            self._ended.add(load.sequence_id)
             self.stats.ended_ns = time.time_ns()
             self._loaded(load.sequence_id, load.filled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Collection, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class BlockReader(Protocol):
         *,
         timeout_s: float,
         partial: list[PartialBlock],
-    ) -> AsyncIterator[Decided]:
+    ) -> AsyncGenerator[Decided, None]:
         """Name each block once it is decided: readable ones, missing ones. Add what is told of
         others to `partial`.
         """
@@ -52,9 +52,11 @@ class BlockReader(Protocol):
         blocks: Seq[ReadableBlock],
         targets: Seq[Seq[int]],
         first_layers: Seq[int],
+        *,
+        hinted: Collection[bytes],
     ) -> list[bool]:
         """Copy each block, but the layers before the first, to its target pages and verify it;
-        which of them are good.
+        which of them are good. Where `hinted` ones are was not the store's word.
         """
         ...
 

@@ -121,7 +121,7 @@ async def test_a_full_queue_says_when_to_come_back(prefill, stub, pages_free):
     "prefill", [("--fake-step-ms", "200", "--max-step-tokens", "80")], indirect=True
 )
 async def test_drain_answers_what_it_has(suite, prefill, stub):
-    prompt = list(range(1, 401))
+    prompt = list(range(1, 401))  # five steps, so that it still runs when the next one comes
     running = asyncio.ensure_future(stub.Prefill(request_of(prompt), timeout=20))
     await prefill.until_metric("splitserve_num_requests_running", lambda count: count > 0)
     stopping = asyncio.create_task(suite.stop(prefill))

@@ -76,6 +76,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
     cancelled: int = 0
     cached_tokens: int = 0
     finish_reason: int = 0
+    receipt: common_pb2.KvReceipt | None = None
     address: str = ""
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> Any:
@@ -100,6 +101,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
             cached_tokens=self.cached_tokens,
             queue_ms=1.5,
             compute_ms=2.5,
+            kv_receipt=self.receipt,
         )
 
 

@@ -53,6 +53,18 @@ async def test_first_token_comes_before_decode_has_anything(start_suite: Any, to
     assert tools.token_ids([first, *rest]) == tools.tokens_after(PROMPT, 3)
 
 
+async def test_the_receipt_of_the_prefill_goes_on_to_decode(start_suite: Any) -> None:
+    suite = await start_suite()
+    suite.prefill.receipt = common_pb2.KvReceipt(
+        pool_id=2**63, share_id=5, block_indexes=[0, 3], pages=[7, 9], digests=bytes(range(32))
+    )
+    await suite.generate(max_tokens=3)
+    assert suite.decode.starts[-1].kv_receipt == suite.prefill.receipt
+    suite.prefill.receipt = None
+    await suite.generate(max_tokens=3)
+    assert not suite.decode.starts[-1].HasField("kv_receipt")
+
+
 async def test_several_choices(start_suite: Any, tools: Any) -> None:
     suite = await start_suite()
     messages = await suite.generate(max_tokens=5, n=3)

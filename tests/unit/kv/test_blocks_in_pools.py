@@ -101,10 +101,14 @@ def test_what_was_read_before_its_commit_goes_with_it(world):
     assert [block.holders for block in world.table] == [{"b"}]
 
 
-def test_reserved_anew_it_is_needed_again(world):
+@pytest.mark.parametrize("awaited", [True, False])
+def test_reserved_or_awaited_anew_it_is_needed_again(world, awaited):
     world.reserve("a", 1)
     world.table.let_go("a", [key(1)])
-    world.reserve("a", 1)
+    if awaited:
+        world.table.hold("a", key(1))
+    else:
+        world.reserve("a", 1)
     world.share("a", 1)
     assert len(world.live) == 1
 

@@ -28,7 +28,13 @@ def test_it_survives_the_wire(
 
 @pytest.mark.parametrize(
     ("indexes", "pages", "digests"),
-    [([0], [1, 2], b"d" * 16), ([0, 1], [1, 2], b"d" * 16), ([0], [1], b"d" * 17), ([], [], b"d")],
+    [
+        ([0], [1, 2], b"d" * 16),
+        ([0, 1], [1, 2], b"d" * 16),
+        ([0], [1], b"d" * 17),
+        ([], [], b"d"),
+        ([1, 1], [2, 3], b"d" * 32),
+    ],
 )
 def test_lists_that_do_not_fit_together(
     indexes: list[int], pages: list[int], digests: bytes

@@ -324,7 +324,6 @@ async def test_blocks_sealed_in_several_rounds_are_all_on_the_receipt(rig: Rig) 
     receipt = await rig.hand_over.receipt(5)
     assert receipt is not None
     assert {index: page for index, (page, _) in receipt.blocks.items()} == dict(enumerate(PAGES))
-    rig.hand_over.answered()
     await rig.until(lambda: len(rig.store.shared) == 3)
     rig.listener.gone(KEYS)
     await rig.finish()
@@ -335,6 +334,18 @@ async def test_no_receipt_where_nothing_stays(rig: Rig) -> None:
     rig.hand_over.begin(KEYS, PAGES, 0)
     await asyncio.sleep(0)
     assert await rig.hand_over.receipt(5) is None, "before anything is ready"
+    await rig.finish()
+
+
+async def test_a_receipt_is_not_waited_for_before_there_is_space(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.until(lambda: rig.store.listener is not None)
+    assert await rig.hand_over.receipt(60) is None
+    rig.store.gate.set()
+    await rig.until(lambda: len(rig.store.shared) == 3)
+    rig.listener.gone(KEYS)
     await rig.finish()
 
 
@@ -354,9 +365,22 @@ async def test_no_receipt_for_a_share_that_is_lost(rig: Rig) -> None:
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.until(lambda: rig.store.specs != [])
     rig.listener.lost()
-    assert await rig.hand_over.receipt(5) is None
+    assert await rig.hand_over.receipt(60) is None
     rig.store.sealing_gate.set()
     await rig.finish()
+    assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
+
+
+async def test_a_share_lost_after_the_receipt_was_given(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.sharing_gate.clear()
+    rig.store.fault["share"] = InvalidRequest.single("blocks.pool_page", "not shared now")
+    rig.hand_over.begin(KEYS, PAGES, 3)
+    await rig.store.sharing.wait()
+    assert await rig.hand_over.receipt(5) is not None
+    rig.listener.lost()
+    rig.store.sharing_gate.set()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
     assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
 
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from splitserve.engine.sequence import PageLoad, Sequence
-from splitserve.errors import LeaseEnded
+from splitserve.errors import BlockNotFound, LeaseEnded
 from splitserve.kv.layout import Lease, PartialBlock, PoolPage, ReadableBlock
 from splitserve.kv.receipt import KvReceipt
 from splitserve.sampling import SamplingParams
@@ -37,6 +37,8 @@ class StubStore:
         self.let_go_of: list[set[bytes]] = []
         self.mapped = {1}
         self.taken: list[ReadableBlock] = []
+        self.gone_pools: set[int] = set()
+        self.places: dict[bytes, PoolPage] = {}
 
     async def await_blocks(
         self,
@@ -60,7 +62,10 @@ class StubStore:
                 undecided -= {*news[0], *news[1]}
                 place = PoolPage(1, 2, 3) if self.in_pool else None
                 yield (
-                    [ReadableBlock(k, 0, self.size_bytes, b"", 4, place) for k in news[0]],
+                    [
+                        ReadableBlock(k, 0, self.size_bytes, b"", 4, self.places.get(k, place))
+                        for k in news[0]
+                    ],
                     news[1],
                 )
         finally:
@@ -72,7 +77,12 @@ class StubStore:
         blocks: list[ReadableBlock],
         targets: list[list[int]],
         first_layers: list[int],
+        *,
+        hinted: set[bytes],
     ) -> list[bool]:
+        self.hinted = set(hinted)
+        if any(block.pool_page and block.pool_page.pool_id in self.gone_pools for block in blocks):
+            raise BlockNotFound("the pool is gone")
         self.firsts += first_layers
         self.taken += blocks
         for block, pages in zip(blocks, targets, strict=True):
@@ -129,8 +139,11 @@ class Rig:
         return self.answers[sequence_id]
 
     async def asked(self, count: int) -> None:
+        await self.until(lambda: len(self.store.asked) >= count)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
-            while len(self.store.asked) < count:  # noqa: ASYNC110
+            while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
 
@@ -333,6 +346,7 @@ async def test_what_the_receipt_names_is_read_without_the_stores_word(
     assert await rig.answer("s") == 3
     assert rig.pages == {10: b"a" * SIZE, 11: b"b" * SIZE, 12: b"c" * SIZE}
     assert rig.store.asked == ([([b"a", b"b", b"c"], True)] if begun else [])
+    assert rig.store.hinted == {b"a", b"b", b"c"}
     assert rig.store.taken[0] == ReadableBlock(b"a", 0, SIZE, b"a" * 16, 4, PoolPage(1, 40, 3))
     await rig.loader.ended()
     assert rig.store.let_go_of == [{b"a", b"b", b"c"}]
@@ -357,13 +371,67 @@ async def test_a_receipt_of_a_pool_out_of_reach_is_left_aside(rig: Rig) -> None:
     assert [page.page for block in rig.store.taken if (page := block.pool_page)] == []
 
 
-async def test_a_wrong_receipt_costs_work_not_answers(rig: Rig) -> None:
+@pytest.mark.parametrize("gone", [True, False])
+async def test_where_the_receipt_is_out_of_date_the_store_is_asked(rig: Rig, gone: bool) -> None:
+    rig.store.gone_pools, rig.store.corrupt = ({1}, set()) if gone else (set(), {b"b"})
+    rig.load("s", b"abc", 10)
+    await rig.asked(1)
+    rig.loader.prefill_done(receipt_of(b"abc"))
+    await rig.asked(2)
+    assert rig.store.asked[1] == ([b"a", b"b", b"c"] if gone else [b"b", b"c"], True)
+    rig.store.corrupt.clear()
+    rig.store.decided.put_nowait(([b"a", b"b", b"c"] if gone else [b"b", b"c"], []))
+    assert await rig.answer("s") == 3
+    assert rig.pages == {10: b"a" * SIZE, 11: b"b" * SIZE, 12: b"c" * SIZE}
+    assert [block.pool_page for block in rig.store.taken[-2:]] == [None, None]
+    assert rig.store.hinted == (set() if gone else {b"a"})
+    assert rig.loader.stats.num_corrupt == 0
+
+
+async def test_layers_copied_for_a_receipt_that_is_out_of_date_are_copied_anew(rig: Rig) -> None:
+    place = PoolPage(1, 40, 3)
+    rig.store.partial = [PartialBlock(b"a", place, 2)]
+    rig.store.in_pool = True
+    rig.load("s", b"ab", 10)
+    rig.store.decided.put_nowait(([], []))
+    await rig.until(lambda: len(rig.store.ahead) == 1)
+    rig.store.corrupt = {b"a"}
+    rig.loader.prefill_done(receipt_of(b"ab"))
+    await rig.asked(2)
+    assert rig.store.firsts == [2, 0]
+    rig.store.corrupt.clear()
+    rig.store.places[b"a"] = place
+    rig.store.decided.put_nowait(([b"a", b"b"], []))
+    assert await rig.answer("s") == 2
+    assert rig.store.firsts == [2, 0, 0, 0]
+
+
+async def test_a_corrupt_block_of_the_store_ends_the_load(rig: Rig) -> None:
     rig.store.corrupt = {b"b"}
     rig.load("s", b"abc", 10)
     await rig.asked(1)
     rig.loader.prefill_done(receipt_of(b"abc"))
+    await rig.asked(2)
+    rig.store.decided.put_nowait(([b"b", b"c"], []))
     assert await rig.answer("s") == 1
     assert rig.loader.stats.num_corrupt == 1
+
+
+@pytest.mark.parametrize("loads_late", [True, False])
+async def test_a_choice_that_never_loads_does_not_keep_the_others_blocks(loads_late: bool) -> None:
+    rig = Rig(num_loads=2)
+    rig.store.in_pool = True
+    rig.load("s0", b"ab", 10)
+    rig.store.decided.put_nowait(([b"a", b"b"], []))
+    assert await rig.answer("s0") == 2
+    await rig.loader.ended()
+    assert rig.store.let_go_of == []
+    rig.loader.cancel("s1")
+    if loads_late:
+        rig.load("s1", b"ab", 20)
+        assert await rig.answer("s1") == 0
+    await rig.loader.ended()
+    assert rig.store.let_go_of == [{b"a", b"b"}]
 
 
 async def test_a_choice_that_comes_late_reads_by_the_receipt_too() -> None:
