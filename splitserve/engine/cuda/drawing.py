@@ -7,10 +7,9 @@ one more that it does not: the token that the step was computed from.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from splitserve_kernels.penalties import forbid, penalise
 from splitserve_kernels.sampling import logprobs, sample
 from torch import Tensor
 
+from splitserve.engine.cuda.history import Histories
 from splitserve.engine.cuda.layout import Numbers
 from splitserve.engine.cuda.slots import SlotTable
 from splitserve.engine.cuda.staging import Staging
@@ -81,6 +81,7 @@ class Drawing:
         self._eos = eos_token_ids
         self._slots = slots
         self._staging = staging
+        self._histories = Histories()
 
     def warm_up(self, logits: Tensor) -> None:
         """Compile every kind of draw on one row of logits."""
@@ -95,7 +96,7 @@ class Drawing:
             logprobs=1,
         )
         draw = Draw(everything, 0, 0, (0,), ())
-        self._sample([draw], logits, torch.full((1,), -1, device=logits.device))
+        self._sample([draw], [0], logits, torch.full((1,), -1, device=logits.device))
 
     def draw(self, slices: Sequence[Slice], rows: Mapping[int, int], logits: Tensor) -> Drawn:
         """Tokens of all slices, whose slots' rows of the logits are given. The slots have their
@@ -108,20 +109,21 @@ class Drawing:
             return Drawn(slices, self._slots.tokens[of_slots])
         of_slots, of_rows = self._staging.send_lists(slots, [rows[slot] for slot in slots])
         newest = self._slots.fed[of_slots]
-        tokens, asked = self._sample(draws, logits[of_rows], newest)
+        tokens, asked = self._sample(draws, slots, logits[of_rows], newest)
         self._slots.tokens.index_copy_(0, of_slots, tokens)
         return Drawn(slices, tokens, asked)
 
     def draw_rows(self, slices: Sequence[Slice], logits: Tensor) -> Drawn:
         """The same of a row of logits for each draw, with every earlier token known."""
         draws = [draw for part in slices for draw in part.draws]
+        slots = [part.slot for part in slices for _ in part.draws]
         if all(map(is_plain_greedy, draws)):
             return Drawn(slices, argmax_rows(logits))
         newest = torch.full((len(draws),), -1, device=logits.device)
-        return Drawn(slices, *self._sample(draws, logits, newest))
+        return Drawn(slices, *self._sample(draws, slots, logits, newest))
 
     def _sample(
-        self, draws: Sequence[Draw], logits: Tensor, newest: Tensor
+        self, draws: Sequence[Draw], slots: Sequence[int], logits: Tensor, newest: Tensor
     ) -> tuple[Tensor, _Logprobs | None]:
         """`newest` is each draw's token that the host may not know."""
         raw, logits = logits, logits.float()
@@ -131,7 +133,7 @@ class Drawing:
             logits = logits.clone() if logits is raw else logits
             pending = [draw.num_pending for draw in draws]
             (is_pending,) = self._staging.send_lists(pending)
-            starts, tokens, counts = self._send_histories(draws)
+            starts, tokens, counts = self._send_histories(draws, slots)
             penalise(
                 logits,
                 starts,
@@ -159,12 +161,24 @@ class Drawing:
         sent = self._staging.send(_NUMBERS * len(draws), fill)
         return sent.view(torch.float64).view(_NUMBERS, -1).unbind()
 
-    def _send_histories(self, draws: Sequence[Draw]) -> list[Tensor]:
+    def _send_histories(self, draws: Sequence[Draw], slots: Sequence[int]) -> list[Tensor]:
         """Where each draw's part is, the tokens that it has seen, and how often in its output."""
-        histories = [_history(draw) if draw.params.has_penalties else {} for draw in draws]
-        tokens = [token for history in histories for token in history]
-        counts = [count for history in histories for count in history.values()]
-        sent = self._staging.send_lists(_starts(histories), tokens, counts)
+        histories = [
+            self._histories.of(slot, draw) if draw.params.has_penalties else None
+            for slot, draw in zip(slots, draws, strict=True)
+        ]
+        starts = [0, *accumulate(len(history) if history else 0 for history in histories)]
+        sizes = [len(starts), starts[-1], starts[-1]]
+
+        def fill(out: Numbers) -> None:
+            of_starts, tokens, counts = np.split(out, np.cumsum(sizes)[:-1])
+            of_starts[:] = starts
+            for history, (start, end) in zip(histories, pairwise(starts), strict=True):
+                if history:
+                    tokens[start:end] = history.tokens
+                    counts[start:end] = history.counts
+
+        sent = torch.split(self._staging.send(sum(sizes), fill), sizes)
         return [each.int() for each in sent]
 
 
@@ -182,12 +196,7 @@ def _numbers(draw: Draw) -> tuple[float, ...]:
     )
 
 
-def _history(draw: Draw) -> dict[int, int]:
-    """How often each token of the prompt or the output is in the output."""
-    return {**dict.fromkeys(draw.prompt, 0), **Counter(draw.output)}
-
-
-def _starts(parts: Sequence[Sequence[int] | Mapping[int, int]]) -> list[int]:
+def _starts(parts: Sequence[Sequence[int]]) -> list[int]:
     return [0, *accumulate(len(part) for part in parts)]
 
 
