@@ -252,10 +252,12 @@ def check_argmax(dtype: torch.dtype) -> Iterator[Check]:
 
 def check_sampling(dtype: torch.dtype) -> Iterator[Check]:
     settings = list(
-        itertools.product((0.3, 1.0, 2.0), (0, 1, 40, 5000), (1.0, 0.9, 0.3), (0.0, 0.05))
+        itertools.product((0.3, 1.0, 2.0), (0, 1, 41, 5003), (1.0, 0.9, 0.3), (0.0, 0.05))
     )
-    for spread in (0.1, 2.5, 8.0):
+    for spread in (0.0, 0.1, 2.5, 8.0):
         logits = (draw(len(settings), VOCAB) * spread).to(dtype)
+        if not spread:  # so many are equal that no list holds them; no p * k is a whole number
+            logits = torch.randint(-1, 3, logits.shape, device=GPU).to(dtype)
         logits[:, ::5] = -torch.inf
         columns = [torch.tensor(column, device=GPU) for column in zip(*settings, strict=True)]
         uniforms = torch.rand(len(settings), dtype=torch.float64, device=GPU)
@@ -429,9 +431,20 @@ def cases(rows: int) -> Iterator[tuple[str, Callable[[], object], int]]:
     yield "argmax_rows", lambda: argmax_rows(logits), logits.nbytes
     ones = torch.ones(rows, device=GPU)
     uniforms = torch.rand(rows, dtype=torch.float64, device=GPU)
-    for name, k, p in (("plain", 0, 1.0), ("top_k", 50, 1.0), ("top_p", 0, 0.9), ("both", 50, 0.9)):
-        settings = (ones, (ones * k).int(), ones * p, ones * 0, uniforms)
+    for name, k, p, m in (
+        ("plain", 0, 1.0, 0.0),
+        ("top_k", 50, 1.0, 0.0),
+        ("top_p", 0, 0.9, 0.0),
+        ("both", 50, 0.9, 0.0),
+        ("min_p", 0, 1.0, 0.1),
+    ):
+        settings = (ones, (ones * k).int(), ones * p, ones * m, uniforms)
         yield f"sample/{name}", lambda settings=settings: sample(logits, *settings), logits.nbytes
+    # What a model is sure of: some tens of tokens have 90%. Then what it is most unsure of.
+    top_p = (ones, (ones * 0).int(), ones * 0.9, ones * 0, uniforms)
+    peaked, even = logits * 5, torch.rand_like(logits) * 10
+    yield "sample/top_p/peaked", lambda: sample(peaked, *top_p), logits.nbytes
+    yield "sample/top_p/even", lambda: sample(even, *top_p), logits.nbytes
     lists = lists_for(rows, 2000)
     penalties = (ones * 1.0001, ones * 0, ones * 0)
     listed = len(lists[1])

@@ -1,10 +1,15 @@
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from splitserve_kernels import sampling
 from splitserve_kernels.sampling import MAX_VOCAB, logprobs, sample, sample_reference
+from splitserve_kernels.small_tiles import counters
 from torch import Tensor
 
 from splitserve.engine import sampler
@@ -50,6 +55,29 @@ def fp32(number: float) -> float:
     return float(torch.tensor(number, dtype=FP32))
 
 
+@contextmanager
+def cut(chunk: int, listed: int) -> Iterator[None]:
+    """Chunks and lists of these sizes, and memory in which every byte is 0xFF."""
+    plain_empty = torch.empty
+
+    def empty(*args: object, **kwargs: object) -> Tensor:
+        memory = plain_empty(*args, **kwargs)
+        memory.view(torch.uint8).fill_(0xFF)
+        return memory
+
+    sizes = mock.patch.multiple(sampling, _CHUNK=chunk, _LISTED=listed)
+    with sizes, mock.patch.object(torch, "empty", empty):
+        yield
+
+
+def drawn_in_pieces(logits: Tensor, *parameters: Tensor) -> Tensor:
+    """`sample` with many chunks and short lists, which leaves the counters at zero."""
+    with cut(64, 32):
+        tokens = sample(logits, *parameters)
+    assert not counters(logits.device).any()
+    return tokens
+
+
 PARAMS = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.25, 0.7, 1.0, 3.0]).map(fp32),
@@ -59,24 +87,33 @@ PARAMS = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     params=st.lists(PARAMS, min_size=1, max_size=3),
     kinds=st.lists(
         st.sampled_from(["flat", "ties", "peaked", "forbidden"]), min_size=3, max_size=3
     ),
-    vocab=st.sampled_from([1, 3, 100, 2000, 20011]),
+    sizes=st.sampled_from([(1, 0), (3, 0), (100, 0), (20011, 0), (300, 64), (2000, 512)]),
+    listed=st.sampled_from([16, 64, 8192]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_the_sampler(
-    params: list[SamplingParams], kinds: list[str], vocab: int, dtype: torch.dtype, seed: int
+    params: list[SamplingParams],
+    kinds: list[str],
+    sizes: tuple[int, int],
+    listed: int,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
+    """Rows of one chunk and of many, whose thresholds are found in a list or by one program."""
+    vocab, chunk = sizes
     torch.manual_seed(seed)
     rows = [row_of(kind, vocab).to(dtype) for kind, _ in zip(kinds, params, strict=False)]
     draws = [Draw(p, seed, i, [0], ()) for i, p in enumerate(params)]
     uniforms = [sampler.uniform(d.seed, d.choice, 0) for d in draws]
-    tokens = sample(torch.stack(rows), *tensors(params), torch.tensor(uniforms).double())
+    with cut(chunk or 4096, listed):
+        tokens = sample(torch.stack(rows), *tensors(params), torch.tensor(uniforms).double())
     expected = sampler.Sampler(frozenset()).draw(torch.stack(rows).float(), draws)
     for i, (row, p, drawn) in enumerate(zip(rows, params, expected, strict=True)):
         if not p.greedy:
@@ -100,12 +137,12 @@ def test_equals_the_sampler(
 
 def test_draws_follow_the_distribution() -> None:
     """Uniforms over the whole of [0, 1) give each token its share."""
-    count = 400
+    count = 200
     logits = torch.tensor([0.5, 0.1, 0.25, 0.15]).log().repeat(count, 1)
     uniforms = (torch.arange(count) + 0.5).double() / count
     params = tensors([SamplingParams()] * count)
     tokens = sample(logits, *params, uniforms)
-    assert tokens.bincount().tolist() == [200, 40, 100, 60]
+    assert tokens.bincount().tolist() == [100, 20, 50, 30]
     assert torch.equal(tokens, tokens.sort().values)
     assert torch.equal(tokens, sample_reference(logits, *params, uniforms))
 
@@ -130,6 +167,46 @@ def test_extreme_logits(top_p: float) -> None:
     params = tensors([SamplingParams(temperature=1e-30, top_p=top_p, top_k=4500)] * 2)
     tokens = sample(logits, *params, torch.tensor([0.9999, 0.0]).double())
     assert tokens.tolist() == [8500, 0]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_what_is_no_number_is_never_drawn(top_p: float) -> None:
+    logits = torch.full((4, 300), torch.nan)
+    logits[1, 7] = -torch.inf
+    logits[2, 200], logits[2, 250] = 1.0, 1.0
+    logits[3] = torch.randn(300)
+    logits[3, 100] = torch.inf
+    params = tensors([SamplingParams(top_k=2, top_p=top_p)] * 4)
+    tokens = drawn_in_pieces(logits, *params, torch.tensor([0.5, 0.5, 0.1, 0.9]).double())
+    assert tokens.tolist() == [0, 0, 200, 100]
+
+
+def test_a_nucleus_may_be_all_but_nothing() -> None:
+    """Where the sum of all weights may be rounded to less than is wanted."""
+    torch.manual_seed(6)
+    logits, uniforms = torch.randn(6, 300), torch.rand(6).double()
+    temperature, top_k, top_p, min_p = tensors([SamplingParams(temperature=0.7)] * 6)
+    inputs = (logits, temperature, top_k, top_p.double() - 1e-9, min_p, uniforms)
+    assert torch.equal(drawn_in_pieces(*inputs), sample_reference(*inputs))
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    torch.manual_seed(5)
+    rules = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.8),
+        SamplingParams(top_k=5),
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_k=100, top_p=0.5),
+        SamplingParams(min_p=0.2),
+    ]
+    logits = torch.randn(6, 300) * 3
+    inputs = (logits, *tensors(rules), torch.rand(6).double())
+    together = drawn_in_pieces(*inputs)
+    assert torch.equal(together, sample_reference(*inputs))
+    for i in range(6):
+        assert int(drawn_in_pieces(*(each[i : i + 1] for each in inputs))) == int(together[i])
+    assert torch.equal(together, sample(*inputs))
 
 
 def test_logprobs_equal_the_sampler() -> None:
