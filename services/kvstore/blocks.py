@@ -162,9 +162,7 @@ class BlockTable:
                 continue
             fresh[key] = (self.writable(lease_id, key), digest)
         if any(block.extent is None for block, _ in fresh.values()):
-            raise InvalidRequest.single(
-                "blocks.pool_page", "must be set, as no space was set aside"
-            )
+            raise InvalidRequest.single("blocks", "must be in_pool, as no space was set aside")
         for block, digest in fresh.values():
             self._become_visible(block, digest)
 
@@ -180,7 +178,7 @@ class BlockTable:
                 continue
             fresh[key] = (self.writable(lease_id, key), digest, place)
         if any(block.extent is not None for block, _, _ in fresh.values()):
-            raise InvalidRequest.single("blocks.pool_page", "must not be set, as there is space")
+            raise InvalidRequest.single("in_pool", "must be blocks, as there is space")
         for block, digest, place in fresh.values():
             block.pool = place
             self._in_pool.setdefault(place.pool_id, set()).add(block.key)

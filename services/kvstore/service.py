@@ -141,10 +141,12 @@ class KvStoreService(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.CommitBlocksResponse:
         """Makes blocks visible."""
         lease = validation.lease(request.lease)
-        if any(block.HasField("pool_page") for block in request.blocks):
-            self._store.share(lease, validation.pool_pages(request.blocks))
-        else:
+        if not request.HasField("in_pool"):
             self._store.commit(lease, validation.digests(request.blocks))
+        elif request.blocks:
+            raise InvalidRequest.single("blocks", "must be empty beside in_pool")
+        else:
+            self._store.share(lease, validation.pool_blocks(request.in_pool))
         return kvstore_pb2.CommitBlocksResponse()
 
     async def ReportLayers(

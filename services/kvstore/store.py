@@ -207,7 +207,7 @@ class Store:
         """Makes (key, digest, page) blocks visible where they are in a pool."""
         self._check(lease)
         if any(page.pool_id not in self.pools for _, _, page in blocks):
-            raise InvalidRequest.single("blocks.pool_page", "the pool is not shared now")
+            raise InvalidRequest.single("pool_id", "the pool is not shared now")
         self._blocks.share(
             lease.lease_id,
             [
@@ -220,7 +220,7 @@ class Store:
         """Tells those who await blocks in a pool how far these are."""
         self._check(lease)
         if any(block.pool_page.pool_id not in self.pools for block in blocks):
-            raise InvalidRequest.single("blocks.pool_page", "the pool is not shared now")
+            raise InvalidRequest.single("pool_id", "the pool is not shared now")
         for partial in blocks:
             self._blocks.writable(lease.lease_id, partial.key).partial = partial
             for awaiter in self._awaiters.of(partial.key):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from services.kvstore.pools import Reach
 from splitserve.errors import FieldViolation, InvalidRequest
@@ -81,15 +81,27 @@ def digests(
     return [(message.key, message.digest) for message in messages]
 
 
-def pool_pages(
-    messages: Sequence[kvstore_pb2.BlockCommit],
-) -> list[tuple[bytes, bytes, PoolPage]]:
-    """(key, digest, page) of blocks that stay in a pool. Either all of a commit do or none."""
-    if any(not message.HasField("pool_page") for message in messages):
-        raise InvalidRequest.single("blocks.pool_page", "must be set for all blocks or for none")
+def pool_blocks(message: kvstore_pb2.PoolCommit) -> list[tuple[bytes, bytes, PoolPage]]:
+    """(key, digest, page) of blocks that stay in a pool."""
+    count = len(message.pages)
+    _check_count("in_pool.pages", count)
+    for field, value, size in (
+        ("keys", message.keys, KEY_BYTES),
+        ("digests", message.digests, DIGEST_BYTES),
+    ):
+        if len(value) != count * size:
+            raise InvalidRequest.single(
+                f"in_pool.{field}", f"must have {size} bytes for each of {count} pages"
+            )
+    pool_id, share_id = message.pool_id, message.share_id
     return [
-        (key, digest, PoolPage.from_proto(message.pool_page))
-        for (key, digest), message in zip(digests(messages), messages, strict=True)
+        (key, digest, PoolPage(pool_id, page, share_id))
+        for key, digest, page in zip(
+            _cut(message.keys, KEY_BYTES),
+            _cut(message.digests, DIGEST_BYTES),
+            message.pages,
+            strict=True,
+        )
     ]
 
 
@@ -120,6 +132,10 @@ def part(message: kvstore_pb2.WriteBlocksRequest) -> kvstore_pb2.WriteBlocksRequ
     if len(message.data) > MAX_PART_BYTES:
         raise InvalidRequest.single("data", f"must have at most {MAX_PART_BYTES} bytes")
     return message
+
+
+def _cut(value: bytes, size: int) -> Iterator[bytes]:
+    return (value[at : at + size] for at in range(0, len(value), size))
 
 
 def _check_count(field: str, count: int) -> None:

@@ -34,9 +34,6 @@ from splitserve.obs.metrics import Metrics
 from splitserve.rpc.tls import TlsConfig
 from splitserve.v1 import kvstore_pb2
 
-_BLOCKS_PER_COMMIT = 4096
-"""Some 300 KiB of a message that may have 4 MiB."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -161,22 +158,21 @@ class KvStoreClient(BlockClient):
     async def share_pages(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, bytes]]
     ) -> None:
-        """Commits sealed (key, page, digest) blocks where they are, in the order given."""
+        """Commits sealed (key, page, digest) blocks, one at least, where they are."""
         await self._runs.of(lease)
-        for first in range(0, len(blocks), _BLOCKS_PER_COMMIT):
-            request = kvstore_pb2.CommitBlocksRequest(
-                lease=lease.to_proto(),
-                blocks=[
-                    kvstore_pb2.BlockCommit(
-                        key=key,
-                        digest=digest,
-                        pool_page=PoolPage(share.pool_id, page, share.share_id).to_proto(),
-                    )
-                    for key, page, digest in blocks[first : first + _BLOCKS_PER_COMMIT]
-                ],
-            )
-            with typed_errors():
-                await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
+        keys, pages, digests = zip(*blocks, strict=True)
+        request = kvstore_pb2.CommitBlocksRequest(
+            lease=lease.to_proto(),
+            in_pool=kvstore_pb2.PoolCommit(
+                pool_id=share.pool_id,
+                share_id=share.share_id,
+                keys=b"".join(keys),
+                pages=pages,
+                digests=b"".join(digests),
+            ),
+        )
+        with typed_errors():
+            await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
 
     async def report_layers(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]

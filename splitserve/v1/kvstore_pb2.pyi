@@ -132,22 +132,36 @@ class WriteBlocksResponse(_message.Message):
     def __init__(self, written_bytes: _Optional[int] = ...) -> None: ...
 
 class CommitBlocksRequest(_message.Message):
-    __slots__ = ("lease", "blocks")
+    __slots__ = ("lease", "blocks", "in_pool")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    IN_POOL_FIELD_NUMBER: _ClassVar[int]
     lease: _common_pb2.LeaseRef
     blocks: _containers.RepeatedCompositeFieldContainer[BlockCommit]
-    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[BlockCommit, _Mapping]]] = ...) -> None: ...
+    in_pool: PoolCommit
+    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[BlockCommit, _Mapping]]] = ..., in_pool: _Optional[_Union[PoolCommit, _Mapping]] = ...) -> None: ...
 
 class BlockCommit(_message.Message):
-    __slots__ = ("key", "digest", "pool_page")
+    __slots__ = ("key", "digest")
     KEY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    POOL_PAGE_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     digest: bytes
-    pool_page: PoolPage
-    def __init__(self, key: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., pool_page: _Optional[_Union[PoolPage, _Mapping]] = ...) -> None: ...
+    def __init__(self, key: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class PoolCommit(_message.Message):
+    __slots__ = ("pool_id", "share_id", "keys", "pages", "digests")
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    pool_id: int
+    share_id: int
+    keys: bytes
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    digests: bytes
+    def __init__(self, pool_id: _Optional[int] = ..., share_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., pages: _Optional[_Iterable[int]] = ..., digests: _Optional[bytes] = ...) -> None: ...
 
 class PoolPage(_message.Message):
     __slots__ = ("pool_id", "page", "share_id")

@@ -205,8 +205,8 @@ class KvStoreServiceServicer:
 
         Errors:
         * `FAILED_PRECONDITION`: the lease has ended, or a block is not reserved under it.
-        * `INVALID_ARGUMENT`: a block without space names no pool that is shared now, or one with
-        space names a pool.
+        * `INVALID_ARGUMENT`: a block has no space and is not committed in a pool that is shared now, or
+        it has space and is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

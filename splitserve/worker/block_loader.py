@@ -40,6 +40,11 @@ from splitserve.worker.announcements import Announcements
 from splitserve.worker.block_loads import Ahead, Load, LoadGroup, layers_at
 from splitserve.worker.block_reader import BlockReader
 
+LET_GO_AFTER_S = 0.005
+"""So long the call waits: it would hold the interpreter while the engine's thread launches the
+first step over the blocks.
+"""
+
 _log = logging.getLogger(__name__)
 
 Loaded = Callable[[str, int], None]
@@ -164,6 +169,7 @@ class BlockLoader:
             task.add_done_callback(self._letting_go.discard)
 
     async def _let_go(self, keys: set[bytes]) -> None:
+        await asyncio.sleep(LET_GO_AFTER_S)
         try:
             store = await self._open_store(self._lease)
             await store.let_go(self._lease, keys)

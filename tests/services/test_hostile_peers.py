@@ -297,6 +297,21 @@ async def test_calls_of_the_store_that_cannot_be(suite: Suite) -> None:
         ("WriteBlocks", [part(lease=lease, key=key(0)), part(key=key(7), data=b"y")], ENDED),
         ("CommitBlocks", kv.CommitBlocksRequest(lease=stale, blocks=[commit]), ENDED),
         ("CommitBlocks", kv.CommitBlocksRequest(lease=lease, blocks=[commit]), ENDED),
+        (
+            "CommitBlocks",
+            kv.CommitBlocksRequest(lease=lease, blocks=[commit], in_pool=kv.PoolCommit()),
+            INVALID,
+        ),
+        *(
+            ("CommitBlocks", kv.CommitBlocksRequest(lease=lease, in_pool=in_pool), INVALID)
+            for in_pool in (
+                kv.PoolCommit(pool_id=7, keys=key(0), pages=[1], digests=b"d" * 16),
+                kv.PoolCommit(keys=key(0)[:31], pages=[1], digests=b"d" * 16),
+                kv.PoolCommit(keys=key(0), pages=[1, 2], digests=b"d" * 16),
+                kv.PoolCommit(keys=key(0), pages=[1], digests=b"d" * 17),
+                kv.PoolCommit(pages=[1] * 70_000),
+            )
+        ),
         ("AbandonBlocks", kv.AbandonBlocksRequest(lease=stale, keys=[key(0)]), ENDED),
         ("AbandonBlocks", kv.AbandonBlocksRequest(lease=lease, keys=[key(8)] * 3), OK),
         ("AwaitBlocks", kv.AwaitBlocksRequest(lease=stale, keys=[key(0)]), ENDED),

@@ -190,10 +190,10 @@ def test_shared_again_it_must_be_the_same_at_the_same_place(world):
 
 def test_a_commit_must_fit_the_reservation(world):
     world.reserve("a", 1)
-    with pytest.raises(InvalidRequest, match="must be set"):
+    with pytest.raises(InvalidRequest, match="must be in_pool"):
         world.table.commit("a", [(key(1), DIGEST)])
     world.reserve("a", 2, stays=False)
-    with pytest.raises(InvalidRequest, match="must not be set"):
+    with pytest.raises(InvalidRequest, match="must be blocks"):
         world.share("a", 2)
     with pytest.raises(LeaseEnded):
         world.share("b", 1)

@@ -374,7 +374,7 @@ async def test_no_receipt_for_a_share_that_is_lost(rig: Rig) -> None:
 async def test_a_share_lost_after_the_receipt_was_given(rig: Rig) -> None:
     rig.store.shares = True
     rig.store.sharing_gate.clear()
-    rig.store.fault["share"] = InvalidRequest.single("blocks.pool_page", "not shared now")
+    rig.store.fault["share"] = InvalidRequest.single("pool_id", "not shared now")
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.store.sharing.wait()
     assert await rig.hand_over.receipt(5) is not None
@@ -494,7 +494,7 @@ async def test_a_share_lost_during_a_commit_that_succeeds_keeps_no_page(rig: Rig
 async def test_a_share_lost_during_a_commit_that_fails_writes_to_the_arena(rig: Rig) -> None:
     rig.store.shares = True
     rig.store.sharing_gate.clear()
-    rig.store.fault["share"] = InvalidRequest.single("blocks.pool_page", "not shared now")
+    rig.store.fault["share"] = InvalidRequest.single("pool_id", "not shared now")
     rig.hand_over.begin(KEYS, PAGES, 3)
     await rig.store.sharing.wait()
     rig.listener.wanted([KEYS[1]])
@@ -507,7 +507,7 @@ async def test_a_share_lost_during_a_commit_that_fails_writes_to_the_arena(rig: 
 
 async def test_a_commit_that_the_store_refuses_ends_the_hand_over(rig: Rig) -> None:
     rig.store.shares = True
-    rig.store.fault["share"] = InvalidRequest.single("blocks.pool_page", "not shared now")
+    rig.store.fault["share"] = InvalidRequest.single("pool_id", "not shared now")
     rig.hand_over.begin(KEYS, PAGES, 3)
     await asyncio.wait_for(rig.hand_over.ended(), 5)
     assert rig.hand_over.stats.error is rig.store.fault["share"]
