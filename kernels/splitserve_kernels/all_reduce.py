@@ -25,7 +25,7 @@ from torch import Tensor
 
 from splitserve_kernels.early_launch import launches_early, wait_for_the_kernel_before
 from splitserve_kernels.fp8_rows import check_rows, row_tile, row_warps
-from splitserve_kernels.norm import NormKind, add_norm_reference, scale_rms
+from splitserve_kernels.norm import NormKind, add_norm_reference, norm_row
 from splitserve_kernels.peer_memory import (
     MOST_BYTES,
     PeerMemory,
@@ -194,37 +194,6 @@ def _check(
         raise ValueError("an RMS norm has a weight and no bias")
 
 
-@triton.jit
-def _norm_row(
-    wide: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    eps: tl.tensor,
-    dtype: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYER: tl.constexpr,
-    WIDE: tl.constexpr,
-    TILE: tl.constexpr,
-) -> tl.tensor:
-    """The norm of one row of fp32, zeros beyond its width; as in `norm._add_norm`."""
-    columns = tl.arange(0, TILE)
-    inside = columns < WIDTH
-    if LAYER:
-        wide = tl.where(inside, wide - tl.sum(wide, 0) / WIDTH, 0.0)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
-    if LAYER:
-        normed = wide * scale
-        if weight is not None:
-            normed *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-        if bias is not None:
-            normed += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-        normed = normed.to(dtype)
-    else:
-        factors = tl.load(weight + columns, mask=inside, other=0.0)
-        normed = scale_rms(wide, scale, factors, dtype, WIDE)
-    return normed
-
-
 @triton.jit(do_not_specialize=["timeout_ns", "rank"])
 def _all_reduce(
     # pointers; residual and out are None for a sum alone, weight and bias may be
@@ -295,7 +264,7 @@ def _all_reduce(
             rounded = (before.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
         tl.store(total + places, rounded, mask=inside)
         if out is not None:
-            normed = _norm_row(
+            normed = norm_row(
                 rounded.to(tl.float32), weight, bias, eps, dtype, WIDTH, LAYER, WIDE, TILE
             )
             tl.store(out + places, normed, mask=inside)

@@ -259,7 +259,7 @@ def _check(
 
 
 @triton.jit
-def scale_rms(
+def _scale_rms(
     wide: tl.tensor,
     scale: tl.tensor,
     weight: tl.tensor,
@@ -271,6 +271,39 @@ def scale_rms(
     if not WIDE:
         normed = normed.to(dtype).to(tl.float32)
     return (normed * weight.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def norm_row(
+    wide: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    eps: tl.tensor,
+    dtype: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAYER: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """The norm of one row of fp32, zeros beyond its width, rounded to `dtype`. Weight and bias may
+    be None.
+    """
+    columns = tl.arange(0, TILE)
+    inside = columns < WIDTH
+    if LAYER:
+        wide = tl.where(inside, wide - tl.sum(wide, 0) / WIDTH, 0.0)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
+    if LAYER:
+        normed = wide * scale
+        if weight is not None:
+            normed *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            normed += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        normed = normed.to(dtype)
+    else:
+        factors = tl.load(weight + columns, mask=inside, other=0.0)
+        normed = _scale_rms(wide, scale, factors, dtype, WIDE)
+    return normed
 
 
 @triton.jit
@@ -310,19 +343,7 @@ def _add_norm(
         rounded = (wide + more.to(tl.float32)).to(dtype)
         tl.store(total + row * WIDTH + columns, rounded, mask=inside)
         wide = rounded.to(tl.float32)
-    if LAYER:
-        wide = tl.where(inside, wide - tl.sum(wide, 0) / WIDTH, 0.0)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
-    if LAYER:
-        normed = wide * scale
-        if weight is not None:
-            normed *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-        if bias is not None:
-            normed += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-        normed = normed.to(dtype)
-    else:
-        factors = tl.load(weight + columns, mask=inside, other=0.0)
-        normed = scale_rms(wide, scale, factors, dtype, WIDE)
+    normed = norm_row(wide, weight, bias, eps, dtype, WIDTH, LAYER, WIDE, TILE)
     if steps is not None:
         normed = tl.where(inside, normed.to(tl.float32), 0.0)
         step = row_step(row_peak(normed), fixed)
@@ -375,6 +396,6 @@ def _heads_norm(
             normed += tl.load(bias + factor_places, mask=factor_mask, other=0.0).to(tl.float32)
         normed = normed.to(dtype)
     else:
-        normed = scale_rms(wide, scale, factors, dtype, WIDE)
+        normed = _scale_rms(wide, scale, factors, dtype, WIDE)
     places = row * out_stride + heads * out_head_stride + dims
     tl.store(out + places, normed, mask=inside)
