@@ -82,7 +82,7 @@ unit: install model ## tests of single modules
 
 .PHONY: families
 families: install ## tests of every model family against transformers
-	$(BIN)/pytest tests/families
+	$(BIN)/pytest tests/families --numprocesses 2
 
 .PHONY: services
 services: install ## tests of services over real gRPC, with the fake engine
@@ -90,7 +90,7 @@ services: install ## tests of services over real gRPC, with the fake engine
 
 .PHONY: kernels
 kernels: install ## tests of kernels against their plain references
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels --numprocesses 2
 
 .PHONY: gpu
 gpu: install ## tests of the engine on a GPU; skipped where there is none

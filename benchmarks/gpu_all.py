@@ -11,7 +11,9 @@ has no time left is named at the end; the others run all the same. Weights are r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ LLAMA = "benchmarks/models/llama-3.1-8b"
 GPT_J = "benchmarks/models/gpt-j-6b"
 WORKLOADS = ("fixed-128-128", "fixed-2048-128", "summarize", "chat")
 FAMILY_PARTS = 4
+END_S = 10.0
 HANDOFF = (
     *("benchmarks/handoff.py", "--device", "cuda", "--load-format", "dummy"),
     *("--model", LLAMA, "--rounds", "15"),
@@ -87,6 +90,13 @@ STEPS = (
         (*HANDOFF, "--gpus", "0,1", "--transport", "device", "--json", "{json}"),
         gpus=2,
     ),
+    Step("tests_gpus", 560, ("-m", "pytest", "-q", "tests/gpu/test_all_reduce.py"), gpus=2),
+    Step(
+        "tensor_parallel",
+        200,
+        ("benchmarks/gpu_tensor_parallel.py", "--json", "{json}"),
+        gpus=2,
+    ),
     Step(
         "all_reduce",
         200,
@@ -121,16 +131,27 @@ def run(step: Step, out: Path, limit_s: float) -> str:
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code: int | None = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
             code = None
+        end_group(process)
     sys.stdout.write((out / f"{step.name}.log").read_text()[-4000:])
     ended = "stopped at its limit" if code is None else f"exit code {code}" if code else "done"
     return f"{ended} after {time.monotonic() - began:.0f} s"
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """The script, if it still runs, and whatever it started: a rank or a worker that is left would
+    keep its memory and be in the next step's way.
+    """
+    for number, wait_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
 
 
 def main() -> None:

@@ -214,7 +214,13 @@ def _replays(call: Callable[[], object], out: Tensor) -> bool:
     """Whether a graph of two calls gives the same bits as before, each of the times it is run."""
     before = out.clone()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A stream's counters are made by its first product, which cannot be recorded.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
         call()
         call()
     same = True

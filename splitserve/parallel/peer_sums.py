@@ -41,8 +41,8 @@ def open_peer_sums(
     """Every rank of the group calls this together, and none sums before all have returned.
 
     A rank that waits longer than `timeout_s` for another traps. `programs` are the grid of every
-    launch. Raises `RuntimeError` where GPUs
-    cannot reach each other's memory, `ValueError` for more ranks than the kernel knows.
+    launch. Raises `RuntimeError` where GPUs cannot reach each other's memory, `ValueError` for more
+    ranks than the kernel knows.
     """
     block = symmetric.empty(BLOCK_BYTES, dtype=torch.uint8, device=device)
     block.zero_()

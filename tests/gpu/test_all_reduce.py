@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
@@ -27,6 +29,8 @@ BURSTS, CALLS, REPLAYS = 20, 25, 300
 SLEEP_CYCLES = (0, 0, 1000, 50_000, 2_000_000)
 UNREACHABLE = 77
 TIMEOUT_S = 240
+WAIT_S = 3.0
+"""In ns it takes 64 bits, as what is set in service does."""
 
 
 @pytest.mark.timeout(TIMEOUT_S + 30)
@@ -44,32 +48,35 @@ def test_a_wait_that_is_too_long_is_an_error(tmp_path: Path) -> None:
 
 
 def run_ranks(task: str, size: int, folder: Path) -> list[tuple[int, str]]:
-    """Each rank's exit status and output; skips the test where there are too few GPUs."""
+    """Each rank's exit status and output, also of one that had to be killed; skips the test where
+    there are too few GPUs.
+    """
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
     # Tests of kernels on the CPU set it for this process.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, task, str(size), str(folder / "store")]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(size)
-    ]
+    logs = [folder / f"rank{rank}.log" for rank in range(size)]
+    with contextlib.ExitStack() as files:
+        ranks = [
+            subprocess.Popen(
+                [*command, str(rank)],
+                env=environment,
+                stdout=files.enter_context(log.open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(logs)
+        ]
     until = time.monotonic() + TIMEOUT_S
-    try:
-        outputs = [rank.communicate(timeout=until - time.monotonic())[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(0.0, until - time.monotonic()))
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
     if all(rank.returncode == UNREACHABLE for rank in ranks):
         pytest.skip("GPUs do not reach each other's memory")
-    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+    return [(rank.returncode, log.read_text()) for rank, log in zip(ranks, logs, strict=True)]
 
 
 # What a rank does
@@ -78,13 +85,19 @@ def run_ranks(task: str, size: int, folder: Path) -> list[tuple[int, str]]:
 def run_rank(task: str, size: int, store: str, rank: int) -> None:
     from splitserve.parallel.cuda_group import CudaGroup
     from splitserve.parallel.ending import Ending
+    from splitserve.parallel.peer_sums import open_peer_sums
 
     device = torch.device("cuda", rank)
     group = CudaGroup(
         FileStore(store, size), rank, size, device, Ending(), one_node=True, small_sums="own"
     )
     if group.peers(torch.zeros(1, 8, device=device)) is None:
-        os._exit(UNREACHABLE)
+        other = torch.device("cuda", (rank + 1) % size)
+        if not torch.cuda.can_device_access_peer(device, other):
+            os._exit(UNREACHABLE)
+        # The group goes on without what it cannot open; here that is a failure, and this says why.
+        open_peer_sums(dist.group.WORLD, device, 60.0)
+        raise AssertionError("the group has not opened what can be opened")
     # A stream of its own: all launches of the group must be in the order of one.
     with torch.cuda.stream(torch.cuda.Stream(device)):
         TASKS[task](group)
@@ -219,17 +232,17 @@ def wait_alone(group: Any) -> None:
     from splitserve_kernels.all_reduce import all_reduce
 
     x = torch.ones(1, 64, device="cuda")
-    group.all_reduce(x.clone())  # compiles, and shows that all are there
+    peers = dataclasses.replace(group.peers(x), timeout_s=WAIT_S)
+    all_reduce(x, peers)  # compiles, and shows that all are there
     torch.cuda.synchronize()
     if group.rank == 0:
-        peers = dataclasses.replace(group.peers(x), timeout_s=2.0)
         began = time.monotonic()
         all_reduce(x, peers)
         with pytest.raises(RuntimeError):
             torch.cuda.synchronize()
         waited = time.monotonic() - began
         print(f"waited {waited:.2f} s", flush=True)
-        os._exit(0 if 1.9 < waited < 20 else 1)
+        os._exit(0 if WAIT_S - 0.1 < waited < 20 else 1)
     time.sleep(10)
     os._exit(0)
 

@@ -41,8 +41,10 @@ from splitserve.models.decoder import Decoder
 from splitserve.parallel.group import Group
 
 _WARM_UP_ROWS = 2048
-_WARM_UP_SLOTS = (1, 9, 17, 33, 65)
-"""Where products of few rows change their plans."""
+_WARM_UP_SLOTS = (1, 9, 17, 33, 65, 128, 256)
+"""Where products of few rows change their plans, and the likeliest tokens of all are found by fewer
+programs a row.
+"""
 
 
 class CudaEngine:
