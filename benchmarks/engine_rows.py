@@ -9,8 +9,10 @@ prefixes are not reused.
 step: the median gap between tokens with a full batch, every sequence having `--context`
     tokens before the first measured one. Its floor is the bytes of weights and of keys and values
     over the bandwidth of a large copy in the same run. `exposed` is by how much a step of the whole
-    loop is longer than the same steps launched back to back with no loop around them. `sampled` is
-    the same step with draws at a temperature of 0.8 from the likeliest 0.95.
+    loop is longer than the same steps launched back to back with no loop around them (`device`).
+    `sampled` are the same three of a step with draws at a temperature of 0.8 from the likeliest
+    0.95. With random weights these are nearly the whole vocabulary: the slowest case of sampling,
+    where a trained model's are some tens or hundreds of tokens.
 prefill: from the first prompt submitted to the last first token, for COUNTxTOKENS prompts at once.
 workload: all requests submitted at once, as many in flight as the batch holds.
 
@@ -63,20 +65,24 @@ def loop_ms(
     return statistics.median(last.itl_s[MEASURED]) * 1e3
 
 
-def slices_at(engine: Any, batch: int, context: int, steps: int) -> list[list[Slice]]:
-    """Steps of a full batch, each sequence with pages of its own."""
+def slices_at(
+    engine: Any, batch: int, context: int, steps: int, sampling: SamplingParams = GREEDY
+) -> list[list[Slice]]:
+    """Steps of a full batch, each sequence with pages and a seed of its own."""
     width = -(-(context + steps) // engine.spec.block_tokens)
     pages = [list(range(i * width, (i + 1) * width)) for i in range(batch)]
-    draws = [Draw(GREEDY, 0, 0, (), ())]
     return [
-        [Slice([7], context + step, pages[i], draws, i) for i in range(batch)]
+        [
+            Slice([7], context + step, pages[i], [Draw(sampling, i, 0, (), (), step)], i)
+            for i in range(batch)
+        ]
         for step in range(steps)
     ]
 
 
-def device_ms(engine: Any, batch: int, context: int) -> float:
+def device_ms(engine: Any, batch: int, context: int, sampling: SamplingParams = GREEDY) -> float:
     """A step among steps that are launched one behind the other."""
-    steps = slices_at(engine, batch, context, STEPS)
+    steps = slices_at(engine, batch, context, STEPS, sampling)
     for step in steps[: MEASURED.start]:
         engine.launch(step).tokens()
     torch.cuda.synchronize()
@@ -119,12 +125,16 @@ def step_row(
     floor = (options.weight_bytes + kv) / options.copy_bytes_per_s * 1e3
     step = loop_ms(bench, batch, options.context)
     alone = device_ms(engine, batch, options.context)
+    sampled = loop_ms(bench, batch, options.context, SAMPLED)
+    sampled_alone = device_ms(engine, batch, options.context, SAMPLED)
     row: dict[str, Any] = {
         "batch": batch,
         "step_ms": step,
         "device_ms": alone,
         "exposed_ms": step - alone,
-        "sampled_ms": loop_ms(bench, batch, options.context, SAMPLED),
+        "sampled_ms": sampled,
+        "sampled_device_ms": sampled_alone,
+        "sampled_exposed_ms": sampled - sampled_alone,
         "floor_ms": floor,
         "of_floor": floor / step,
     }

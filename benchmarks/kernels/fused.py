@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -269,8 +270,10 @@ def check_sampling(dtype: torch.dtype) -> Iterator[Check]:
             ends = shares.cumsum(-1) / shares.sum()
             below = float(ends[token - 1]) if token else 0.0
             outside = max(below - float(uniforms[i]), float(uniforms[i]) - float(ends[token]))
-            worst = max(worst, outside / 2e-5)
-        yield f"sample/{spread}", worst
+            worst = max(worst, outside)
+        # Of many equal tokens rounding may keep one more or one less: of the 12,000 or 17,000 that
+        # p = 0.3 keeps at a temperature of 1 or 2 that is 8e-5 or 6e-5. Else it moves a boundary.
+        yield f"sample/{spread}", worst / (2e-5 if spread else 1e-4)
     zeros = torch.zeros(50, device=GPU)
     logits = draw(50, VOCAB, dtype=dtype)
     tokens = sample(logits, zeros, zeros.int(), zeros + 1, zeros, zeros)
@@ -439,7 +442,10 @@ def cases(rows: int) -> Iterator[tuple[str, Callable[[], object], int]]:
         ("min_p", 0, 1.0, 0.1),
     ):
         settings = (ones, (ones * k).int(), ones * p, ones * m, uniforms)
-        yield f"sample/{name}", lambda settings=settings: sample(logits, *settings), logits.nbytes
+        # Only the launches that these need, as the engine does.
+        any_of: Any = {"any_top_k_or_p": k > 0 or p < 1.0, "any_min_p": m > 0.0}
+        call = partial(sample, logits, *settings, **any_of)
+        yield f"sample/{name}", call, logits.nbytes
     # What a model is sure of: some tens of tokens have 90%. Then what it is most unsure of.
     top_p = (ones, (ones * 0).int(), ones * 0.9, ones * 0, uniforms)
     peaked, even = logits * 5, torch.rand_like(logits) * 10

@@ -18,6 +18,8 @@ def graph_us(calls: Sequence[Callable[[], object]], *, replays: int = REPLAYS) -
     """
     # Products keep counters for each stream, which must be there before a graph is captured.
     stream = torch.cuda.Stream()
+    # Inputs may still be written on the current stream.
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()

@@ -16,9 +16,11 @@ decides what is next. After the first pass the row is read from the L2 cache.
    token is drawn from it.
 4. `draw` sums what the chunks of the other rows keep, and goes over one of them again.
 
-Launches never depend on the parameters or on logits: rows that are done leave a pass at once. Where
-narrowing does not help, as among many equal logits, one program searches alone (`sampling_alone`),
-which takes longer and finds the same.
+Launches never depend on what a tensor holds: rows that are done leave a pass at once. A caller that
+knows the parameters may say that no row needs a pass, and then it is not launched: six are with a
+top-k or a top-p, two with min-p alone, one with neither. A CUDA graph keeps to what was said at its
+capture. Where narrowing does not help, as among many equal logits, one program searches alone
+(`sampling_alone`), which takes longer and finds the same.
 
 A weight is exp((logit - greatest) / temperature) in fp32, so a uniform within about 1e-6 of a
 boundary may fall on its other side. Sums are added in the order of chunks, never in that of
@@ -55,6 +57,9 @@ def sample(
     top_p: Tensor,
     min_p: Tensor,
     uniforms: Tensor,
+    *,
+    any_top_k_or_p: bool = True,
+    any_min_p: bool = True,
 ) -> Tensor:
     """(rows,) int64 tokens.
 
@@ -64,6 +69,11 @@ def sample(
     top_p: (rows,) fp32 or fp64, in (0, 1]
     min_p: (rows,) fp32, in [0, 1]
     uniforms: (rows,) fp64 or fp32, in [0, 1)
+    any_top_k_or_p: False if no row has a top_k above 0 or a top_p below 1, greedy ones aside
+    any_min_p: False if no row has a min_p above 0, greedy ones aside
+
+    These two leave out launches that no row needs, and change no token; that of a row for which
+    one is not true may be anything.
 
     What is not a number is as good as -inf, and a row of nothing else gives 0; +inf is as good as
     the greatest number. The first call on a stream must come before a graph is captured there.
@@ -87,15 +97,14 @@ def sample(
     ints = torch.empty(rows * num_ints, dtype=torch.int32, device=logits.device)
     reals = torch.empty(rows * num_reals, dtype=torch.float64, device=logits.device)
     early = launches_early(logits.device)
+    arrived = counters(logits.device)
     by_chunk, by_row = (chunks, rows), (1, rows)
-    for run, grid, warps in (
-        (survey, by_chunk, 4),
-        (narrow, by_chunk, 4),
-        (narrow, by_chunk, 4),
-        (enlist, by_chunk, 4),
-        (settle, by_row, 16),
-        (draw, by_chunk, 4),
-    ):
+    passes = [(survey, by_chunk, 4)]
+    if any_top_k_or_p:
+        passes += [(narrow, by_chunk, 4)] * 2 + [(enlist, by_chunk, 4), (settle, by_row, 16)]
+    if any_top_k_or_p or any_min_p:
+        passes += [(draw, by_chunk, 4)]
+    for run, grid, warps in passes:
         run[grid](
             logits,
             temperatures,
@@ -105,7 +114,7 @@ def sample(
             uniforms,
             ints,
             reals,
-            counters(logits.device),
+            arrived,
             out,
             logits.stride(0),
             VOCAB=vocab,

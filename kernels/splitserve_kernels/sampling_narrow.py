@@ -70,16 +70,19 @@ def narrow(
     if read(ints + STAGE) != NARROWING:
         return
     cuts = read(ints + CUTS) > 0
+    # Read once: among the stores below each read would wait for the L2 cache in its turn.
+    tries = tl.arange(0, THRESHOLDS)
+    tried = read(ints + TRIED + tries)
     x = load_logits(logits + number * stride, chunk * CHUNK + tl.arange(0, CHUNK), VOCAB)
     counts, sums = chunk_ints(ints, COUNTS, NUM) + chunk, chunk_reals(reals, WEIGHTS, NUM) + chunk
     if cuts:
         for each in tl.static_range(THRESHOLDS):
-            above = x >= from_key(read(ints + TRIED + each))
+            above = x >= from_key(tl.sum(tl.where(tries == each, tried, 0), 0))
             tl.store(counts + each * NUM, tl.sum(above.to(tl.int32), 0))
     else:
         weights = weigh(x, read(reals + PEAK).to(tl.float32), tl.load(temperatures + number))
         for each in tl.static_range(THRESHOLDS):
-            above = x >= from_key(read(ints + TRIED + each))
+            above = x >= from_key(tl.sum(tl.where(tries == each, tried, 0), 0))
             tl.store(counts + each * NUM, tl.sum(above.to(tl.int32), 0))
             weight = tl.sum(tl.where(above, weights, 0.0), 0)
             tl.store(sums + each * NUM, weight.to(tl.float64))

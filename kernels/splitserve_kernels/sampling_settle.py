@@ -87,7 +87,10 @@ def enlist(
     keys = to_key(load_logits(logits + number * stride, columns, VOCAB))
     hits = (keys >= low) & (keys < tl.where(whole, MOST_KEY, high))
     before = tl.sum(tl.where(chunks < chunk, counts, 0), 0)
-    places = list_of(ints, NUM) + before + tl.cumsum(hits.to(tl.int32), 0) - 1
+    at = before + tl.cumsum(hits.to(tl.int32), 0) - 1
+    # Earlier passes have counted that there is room. Were they wrong, nothing beside the list would
+    # be written. This costs nothing, where a mask of `at` has the compiler spill registers.
+    places = list_of(ints, NUM) + tl.minimum(at, LISTED - 1)
     tl.store(places, keys, mask=hits)
     tl.store(places + LISTED, columns, mask=hits)
 

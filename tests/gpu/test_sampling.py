@@ -1,10 +1,12 @@
-"""Draws on a GPU: several programs a row, in a graph, against plain torch."""
+"""Draws on a GPU: several programs a row, in a graph, against plain torch.
+
+Kernels are imported in the tests: those in tests/kernels must be the first to import triton.
+"""
 
 import itertools
 
 import pytest
 import torch
-from splitserve_kernels.sampling import sample, truncated_reference
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -31,6 +33,8 @@ def logits_of(kind: str) -> Tensor:
 
 def outside(logits: Tensor, rules: list[Tensor], tokens: Tensor) -> float:
     """How far uniforms are from their tokens' shares of the cumulative distribution, at most."""
+    from splitserve_kernels.sampling import truncated_reference
+
     worst = 0.0
     for i, token in enumerate(tokens.tolist()):
         temperature, *how = (float(column[i]) for column in rules[:4])
@@ -49,6 +53,8 @@ def test_every_rule_in_one_batch(kind: str) -> None:
     """Off by what rounding moves a boundary, or by one of many equal tokens. No top-p of a top-k is
     a whole number of them: where equal tokens end there, rounding decides.
     """
+    from splitserve_kernels.sampling import sample
+
     torch.manual_seed(7)
     logits, rules = logits_of(kind), parameters()
     tokens = sample(logits, *rules)
@@ -60,10 +66,25 @@ def test_every_rule_in_one_batch(kind: str) -> None:
         assert int(alone) == int(tokens[i])
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+def test_without_the_launches_that_no_row_needs(min_p: float) -> None:
+    from splitserve_kernels.sampling import sample
+
+    torch.manual_seed(9)
+    logits, rules = logits_of("normal"), parameters()
+    for column, value in zip(rules[1:4], (0, 1.0, min_p), strict=True):
+        column.fill_(value)
+    tokens = sample(logits, *rules, any_top_k_or_p=False, any_min_p=min_p > 0)
+    assert torch.equal(tokens, sample(logits, *rules))
+
+
 def test_a_graph_draws_by_other_rules() -> None:
+    from splitserve_kernels.sampling import sample
+
     torch.manual_seed(8)
     logits, rules = logits_of("normal"), parameters()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         sample(logits, *rules)
         stream.synchronize()

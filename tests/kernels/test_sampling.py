@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splitserve_kernels import sampling
 from splitserve_kernels.sampling import MAX_VOCAB, logprobs, sample, sample_reference
+from splitserve_kernels.sampling_keys import NARROWED, STAGE, notes_of_row
+from splitserve_kernels.sampling_settle import enlist
 from splitserve_kernels.small_tiles import counters
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from splitserve.engine.protocol import Draw
 from splitserve.sampling import SamplingParams
 
 FP32 = torch.float32
+ALL_PASSES = ["survey", "narrow", "narrow", "enlist", "settle", "draw"]
 
 
 def row_of(kind: str, vocab: int) -> Tensor:
@@ -68,6 +71,23 @@ def cut(chunk: int, listed: int) -> Iterator[None]:
     sizes = mock.patch.multiple(sampling, _CHUNK=chunk, _LISTED=listed)
     with sizes, mock.patch.object(torch, "empty", empty):
         yield
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """Names of the passes that are launched."""
+    launched: list[str] = []
+
+    class Pass:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(sampling, name)
+
+        def __getitem__(self, grid: tuple[int, int]) -> object:
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    with mock.patch.multiple(sampling, **{name: Pass(name) for name in ALL_PASSES}):
+        yield launched
 
 
 def drawn_in_pieces(logits: Tensor, *parameters: Tensor) -> Tensor:
@@ -207,6 +227,51 @@ def test_rows_do_not_depend_on_each_other() -> None:
     for i in range(6):
         assert int(drawn_in_pieces(*(each[i : i + 1] for each in inputs))) == int(together[i])
     assert torch.equal(together, sample(*inputs))
+
+
+PLAIN, MIN_P = SamplingParams(temperature=0.8), SamplingParams(min_p=0.2)
+GREEDY = SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.2)
+
+
+@pytest.mark.parametrize(
+    ("params", "any_top_k_or_p", "any_min_p", "passes"),
+    [
+        (GREEDY, False, False, ["survey"]),
+        (PLAIN, False, False, ["survey"]),
+        (PLAIN, False, True, ["survey", "draw"]),
+        (MIN_P, False, True, ["survey", "draw"]),
+        (SamplingParams(top_k=5), True, False, ALL_PASSES),
+        (SamplingParams(top_p=0.9), True, False, ALL_PASSES),
+        (SamplingParams(top_p=0.9, min_p=0.2), True, True, ALL_PASSES),
+    ],
+)
+def test_passes_that_no_row_needs_are_left_out(
+    params: SamplingParams, any_top_k_or_p: bool, any_min_p: bool, passes: list[str]
+) -> None:
+    torch.manual_seed(10)
+    rules = [params, PLAIN, params, GREEDY]
+    inputs = (torch.randn(4, 300) * 3, *tensors(rules), torch.rand(4).double())
+    with cut(64, 32), launches() as launched:
+        tokens = sample(*inputs, any_top_k_or_p=any_top_k_or_p, any_min_p=any_min_p)
+    assert launched == passes
+    assert not counters(tokens.device).any()
+    assert torch.equal(tokens, sample_reference(*inputs))
+    assert torch.equal(tokens, drawn_in_pieces(*inputs))
+
+
+def test_a_list_is_never_overrun() -> None:
+    """Whatever earlier passes have counted, what follows a row's list is left alone."""
+    vocab, listed = 64, 16
+    num_ints, _ = notes_of_row(chunks=1, listed=listed)
+    ints = torch.ones(num_ints + vocab, dtype=torch.int32)
+    ints[STAGE.value] = NARROWED.value
+    none = torch.zeros(1)
+    enlist[(1, 1)](
+        torch.ones(1, vocab), none, none, none, none, none, ints, none, none, none, vocab,
+        VOCAB=vocab, CHUNK=vocab, NUM=1, CHUNKS=2, LISTED=listed, EARLY=False,
+    )  # fmt: skip
+    assert ints[num_ints - listed : num_ints - 1].tolist() == list(range(listed - 1))
+    assert (ints[num_ints:] == 1).all()
 
 
 def test_logprobs_equal_the_sampler() -> None:

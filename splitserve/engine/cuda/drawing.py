@@ -149,7 +149,16 @@ class Drawing:
             logits = logits.clone() if logits is raw else logits
             starts, tokens = self._staging.send_lists(_starts(lists), list(chain(*lists)))
             forbid(logits, starts.int(), tokens.int())
-        drawn = sample(logits, temperature.float(), top_k.int(), top_p, min_p.float(), uniforms)
+        drawn = sample(
+            logits,
+            temperature.float(),
+            top_k.int(),
+            top_p,
+            min_p.float(),
+            uniforms,
+            any_top_k_or_p=any(map(_has_top_k_or_p, draws)),
+            any_min_p=any(map(_has_min_p, draws)),
+        )
         return drawn, _logprobs_of(draws, raw, drawn)
 
     def _send_numbers(self, draws: Sequence[Draw]) -> tuple[Tensor, ...]:
@@ -194,6 +203,15 @@ def _numbers(draw: Draw) -> tuple[float, ...]:
         params.presence_penalty,
         params.frequency_penalty,
     )
+
+
+def _has_top_k_or_p(draw: Draw) -> bool:
+    params = draw.params
+    return not params.greedy and (params.top_k > 0 or params.top_p < 1.0)
+
+
+def _has_min_p(draw: Draw) -> bool:
+    return not draw.params.greedy and draw.params.min_p > 0.0
 
 
 def _starts(parts: Sequence[Sequence[int]]) -> list[int]:
