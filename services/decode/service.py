@@ -34,6 +34,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         """See decode.proto."""
         if self._draining:
             raise Unavailable("the decode worker is stopping; try another")
+        # Ahead of the first message: while one waits that has the metadata with it, as for a router
+        # that does not read, gRPC can send no status either.
+        await context.send_initial_metadata(())
         outbox = Outbox(self._max_pending_tokens)
         session = Session(self._bench, outbox)
         self._sessions.add(session)

@@ -58,6 +58,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Generates text for one prompt and streams it."""
         try:
             tenant = self._access.tenant(_authorization(context))
+            # Ahead of the first message: while one waits that has the metadata with it, as for a
+            # client that does not read, gRPC can send no status either.
+            await context.send_initial_metadata(())
             await self._generation.serve(request, tenant, self._timeout_s(context), context.write)
         except SplitserveError as error:
             self._metrics.request_failed(error.code.name)
