@@ -215,6 +215,14 @@ async def test_a_slow_router_loses_its_stream_and_nobody_else(suite, attach, pag
     assert slow.status is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_metadata_does_not_wait_for_a_message(suite, attach):
+    """A message that a router does not read would keep it, and with it every status."""
+    router = attach(await suite.decode(NO_STORE))
+    async with asyncio.timeout(10):
+        await router.call.initial_metadata()
+    assert router.num_messages == 0
+
+
 async def test_drain_finishes_what_runs(suite, attach):
     decode = await suite.decode(NO_STORE, *SLOW)
     router = attach(decode)

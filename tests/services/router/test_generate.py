@@ -65,6 +65,16 @@ async def test_the_receipt_of_the_prefill_goes_on_to_decode(start_suite: Any) ->
     assert not suite.decode.starts[-1].HasField("kv_receipt")
 
 
+async def test_metadata_does_not_wait_for_a_message(start_suite: Any, tools: Any) -> None:
+    """A message that a client does not read would keep it, and with it every status."""
+    suite = await start_suite()
+    suite.prefill.gate.clear()
+    call = suite.stub.Generate(tools.make_request(max_tokens=3), timeout=10)
+    await call.initial_metadata()
+    suite.prefill.gate.set()
+    assert tools.token_ids(await tools.rest_of(call)) == tools.tokens_after(PROMPT, 3)
+
+
 async def test_several_choices(start_suite: Any, tools: Any) -> None:
     suite = await start_suite()
     messages = await suite.generate(max_tokens=5, n=3)
