@@ -141,7 +141,7 @@ def test_norm_as_codes(dtype: torch.dtype, kind: NormKind) -> None:
 def test_heads_in_place(
     dtype: torch.dtype, by_head: bool, kind: NormKind, heads: int, head_dim: int
 ) -> None:
-    qkv = torch.randn(3, heads + 2, head_dim).to(dtype)
+    qkv = torch.randn(7, heads + 2, head_dim).to(dtype)
     before, part = qkv.clone(), qkv[:, 1 : heads + 1]
     wide = by_head or kind == "layer"
     weight = torch.randn((heads, head_dim) if by_head else (head_dim,))
