@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_int, c_size_t, c_uint, c_uint64
 from functools import cache
 
@@ -26,12 +28,11 @@ class _IpcHandle(ctypes.Structure):
 
 def export_memory(memory: Tensor) -> bytes:
     """The handle of a contiguous tensor on a GPU. Raises `OSError` if it cannot be shared."""
-    driver, base, size = _driver(), c_uint64(), c_size_t()
-    _bind_context(memory.device)
+    driver, base, size, handle = _driver(), c_uint64(), c_size_t(), _IpcHandle()
     address = memory.data_ptr()
-    _check(driver.cuMemGetAddressRange_v2(byref(base), byref(size), c_uint64(address)))
-    handle = _IpcHandle()
-    _check(driver.cuIpcGetMemHandle(byref(handle), base))
+    with _context_of(memory.device):
+        _check(driver.cuMemGetAddressRange_v2(byref(base), byref(size), c_uint64(address)))
+        _check(driver.cuIpcGetMemHandle(byref(handle), base))
     return HANDLE.pack(bytes(handle), address - base.value, memory.nbytes)
 
 
@@ -46,13 +47,14 @@ class MappedMemory:
         if len(handle) != HANDLE.size:
             raise ConnectionError("the handle is not a GPU's")
         reserved, offset, size = HANDLE.unpack(handle)
-        _bind_context(device)
         self._base = c_uint64()
-        opened = _IpcHandle.from_buffer_copy(reserved)
-        _check(_driver().cuIpcOpenMemHandle_v2(byref(self._base), opened, _LAZY_PEER_ACCESS))
         self._device = device
+        opened = _IpcHandle.from_buffer_copy(reserved)
         try:
-            self.bytes = self._view(offset, size)
+            with _context_of(device):
+                base = byref(self._base)
+                _check(_driver().cuIpcOpenMemHandle_v2(base, opened, _LAZY_PEER_ACCESS))
+                self.bytes = self._view(offset, size)
         except BaseException:
             self.close()
             raise
@@ -74,15 +76,20 @@ class MappedMemory:
     def close(self) -> None:
         """Unmap. No kernel may use it any more. Doing it twice is no error."""
         if self._base.value:
-            _bind_context(self._device)
-            _driver().cuIpcCloseMemHandle(self._base)
+            with _context_of(self._device):
+                _driver().cuIpcCloseMemHandle(self._base)
             self._base = c_uint64()
 
 
-def _bind_context(device: torch.device) -> None:
-    """Make torch's context of the device the calling thread's own."""
+@contextmanager
+def _context_of(device: torch.device) -> Iterator[None]:
+    """Have the driver work in torch's context of the device, whichever the thread had before: what
+    is mapped in another one's context is not there for this one's kernels.
+    """
     with torch.cuda.device(device):
+        # Torch takes a device up with the first call that needs it.
         torch.cuda.current_stream().synchronize()
+        yield
 
 
 @cache
