@@ -1,7 +1,9 @@
 """Rows as e4m3 codes with a step a row: what products of 8-bit inputs take.
 
-A row's step puts its largest magnitude at the largest code. It is 1 for a row of zeros, and NaN
-for a row with a NaN, which codes that saturate could not say.
+A row's step puts its largest magnitude at the largest code. It is 1 for a row of zeros, that of
+LEAST_PEAK for a row whose largest is less, and NaN for a row with a NaN, which codes that saturate
+could not say. Numbers are multiplied by its inverse: a division each would take as long as the
+memory does.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ FP8_MAX: Final = 448.0
 MOST_TILE: Final = 16384
 """The widest row that a program holds in registers; it reads a wider one twice."""
 
-_FP8_MAX = tl.constexpr(FP8_MAX)
+LEAST_PEAK: Final = 2.0**-100
+"""What counts as a row's largest magnitude where that is less: its step's inverse is finite."""
+
+_FP8_MAX, _LEAST_PEAK = tl.constexpr(FP8_MAX), tl.constexpr(LEAST_PEAK)
 
 
 def quantize_rows_fp8(x: Tensor, *, step: float | None = None) -> tuple[Tensor, Tensor]:
@@ -54,11 +59,12 @@ def quantize_rows_fp8_reference(x: Tensor, *, step: float | None = None) -> tupl
     """The same in plain torch."""
     if step is None:
         peak = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
-        steps = (peak / FP8_MAX).masked_fill_(peak == 0, 1.0)
+        steps = (peak.clamp_min(LEAST_PEAK) / FP8_MAX).masked_fill_(peak == 0, 1.0)
     else:
         steps = x.new_full((x.shape[0], 1), step, dtype=torch.float32)
         steps.masked_fill_(x.isnan().any(dim=1, keepdim=True), float("nan"))
-    return (x / steps).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), steps
+    scaled = (x.float() * (1 / steps)).clamp_(-FP8_MAX, FP8_MAX)
+    return scaled.to(torch.float8_e4m3fn), steps
 
 
 def empty_codes(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -96,7 +102,9 @@ def row_peak(x: tl.tensor) -> tl.tensor:
 def row_step(peak: tl.tensor, fixed: tl.tensor) -> tl.tensor:
     """The step of a row with this peak. `fixed` may be None."""
     if fixed is None:
-        step = tl.where(peak == 0, 1.0, tl.div_rn(peak, _FP8_MAX))
+        # NaN is no number's maximum here.
+        least = tl.where(peak < _LEAST_PEAK, _LEAST_PEAK, peak)
+        step = tl.where(peak == 0, 1.0, tl.div_rn(least, _FP8_MAX))
     else:
         step = tl.where(peak == peak, fixed, float("nan"))
     return step
@@ -105,7 +113,7 @@ def row_step(peak: tl.tensor, fixed: tl.tensor) -> tl.tensor:
 @triton.jit
 def to_codes(x: tl.tensor, step: tl.tensor) -> tl.tensor:
     """e4m3 codes of fp32 `x`, saturating."""
-    scaled = tl.div_rn(x, tl.zeros_like(x) + step)
+    scaled = x * tl.div_rn(1.0, step)
     scaled = tl.clamp(scaled, -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     return scaled.to(tl.float8e4nv)
 

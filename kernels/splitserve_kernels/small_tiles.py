@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from splitserve_kernels.fp8_rows import FP8_MAX
+from splitserve_kernels.fp8_rows import FP8_MAX, LEAST_PEAK
 
 MAX_ROWS = 64
 """The most rows that count as few."""
@@ -41,9 +41,6 @@ TWO_A_PROCESSOR = 113 << 10
 
 LINE_BYTES = tl.constexpr(128)
 """What one prefetch brings into the L2 cache."""
-
-LEAST_PEAK = 2.0**-100
-"""What counts as a block's largest magnitude where that is less, or zero: its inverse is finite."""
 
 _FP8_MAX, _LEAST_PEAK = tl.constexpr(FP8_MAX), tl.constexpr(LEAST_PEAK)
 

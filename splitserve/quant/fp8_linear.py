@@ -19,10 +19,10 @@ from torch import Tensor
 from splitserve.quant.linear_protocol import CodedRows, Rows
 from splitserve.quant.matrix import QuantizedMatrix
 
-MOST_WHOLE_ROWS: Final = 0
+MOST_WHOLE_ROWS: Final = 16
 """The most rows that go into a product in 16 bits and become codes in its own launch; above, a
-launch before it makes them. 0, never, until it is measured on a GPU: the largest M at which `whole`
-beats `coded` in `benchmarks/kernels/linear.py --whole`, on `out` and `down`, belongs here.
+launch before it makes them: the largest M at which `whole` beats `coded` on `out` and `down` in
+`benchmarks/kernels/linear.py --whole`.
 """
 
 
