@@ -60,8 +60,11 @@ class TorchEngine:
         if self._threads:
             torch.set_num_threads(self._threads)  # which is the calling thread's own number
         batch = build_batch(slices, self._memory, self._model.device)
-        hidden = self._forward(batch, layers_done)
-        return self._model.logits(hidden[batch.last_rows]) if len(batch.last_rows) else None
+        draws = len(batch.last_rows)
+        # Some row where nothing is drawn: no product has an empty input.
+        wanted = batch.last_rows if draws else batch.last_rows.new_zeros(1)
+        hidden = self._forward(batch, layers_done, wanted)
+        return self._model.logits(hidden) if draws else None
 
     @torch.inference_mode()
     def draw(self, logits: Tensor | None, slices: Sequence[Slice]) -> list[list[DrawnToken]]:
@@ -76,7 +79,7 @@ class TorchEngine:
         serving needs the last row only.
         """
         batch = build_batch([part], self._memory, self._model.device)
-        return self._model.logits(self._forward(batch, None))
+        return self._model.logits(self._forward(batch))
 
     def export_page(self, page: int, first_layer: int, end_layer: int, out: memoryview) -> None:
         """See `Engine.export_page`."""
@@ -90,7 +93,12 @@ class TorchEngine:
         """See `Engine.close`."""
         self._group.close()
 
-    def _forward(self, batch: StepBatch, layers_done: LayersDone | None) -> Tensor:
+    def _forward(
+        self,
+        batch: StepBatch,
+        layers_done: LayersDone | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         def attend(
             layer: int, queries: Tensor, keys: Tensor, values: Tensor, _: Rotation | None
         ) -> Tensor:
@@ -98,4 +106,4 @@ class TorchEngine:
             return self._attention(layer, queries, batch)
 
         with reporting(self.spec, layers_done, shared=self._group.size > 1) as layer_done:
-            return self._model.hidden(batch.token_ids, batch.positions, attend, layer_done)
+            return self._model.hidden(batch.token_ids, batch.positions, attend, layer_done, wanted)

@@ -22,7 +22,7 @@ from splitserve.models.layers.rotary import Rotary, Rotation
 from splitserve.models.layers.self_attention import Attend, AttentionRules, SelfAttention
 from splitserve.models.layers.unembedding import Unembedding
 from splitserve.parallel.group import Group
-from splitserve.quant.linear_protocol import Rows
+from splitserve.quant.linear_protocol import Rows, rows_of
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,20 @@ class Block:
         rotation: Rotation | None,
         attend: Attend,
         attended: Callable[[], None] | None = None,
+        wanted: Tensor | None = None,
     ) -> Residual:
-        """`attended` is called when keys and values have been stored."""
+        """`attended` is called when keys and values have been stored. Of all rows those of the
+        (n,) numbers `wanted` go on from there; None is all of them.
+        """
         norms = self.norms
         x, normed = stream.read(norms.attention_input)
-        mixed = self.attention(normed, rotation, attend)
+        mixed = self.attention(normed, rotation, attend, wanted)
         if attended:
             attended()
+        if wanted is not None:
+            x = x[wanted]
         if self.parallel:
+            normed = normed if wanted is None else rows_of(normed, wanted)
             own = norms.mlp_input.read(x, None)[1] if norms.mlp_input else normed
             return Residual(x, mixed + self.mlp(own), self.group)
         stream = self._with(x, mixed, norms.attention_output)
@@ -151,10 +157,13 @@ class Decoder:
         positions: Tensor,
         attend: Attend,
         layer_done: Callable[[int], None] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Normalised hidden states (rows, hidden_size) for (rows,) tokens at (rows,) positions.
+        """Normalised hidden states (rows, hidden_size) for (rows,) tokens at (rows,) positions;
+        (n, hidden_size) of the rows with the (n,) numbers `wanted`, if it is given.
 
-        `layer_done(layer)` is called when a layer's keys and values have been stored.
+        `layer_done(layer)` is called when a layer's keys and values have been stored. What comes
+        after that in the last layer is computed for the rows that are wanted.
         """
         stream = Residual(self._embedding(token_ids, positions))
         rotations = {rotary: rotary.rotation(positions) for rotary in self._rotaries}
@@ -162,7 +171,8 @@ class Decoder:
             rotary = block.attention.rotary
             rotation = None if rotary is None else rotations[rotary]
             done = partial(layer_done, index) if layer_done else None
-            stream = block(stream, rotation, attend, done)
+            is_last = index == len(self._blocks) - 1
+            stream = block(stream, rotation, attend, done, wanted if is_last else None)
         hidden = stream.read(self._final_norm)[1]
         assert isinstance(hidden, Tensor)  # codes are for products that are known
         return hidden

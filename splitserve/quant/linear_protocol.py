@@ -29,6 +29,13 @@ class CodedRows:
 Rows: TypeAlias = Tensor | CodedRows
 
 
+def rows_of(x: Rows, numbers: Tensor) -> Rows:
+    """The rows with these (n,) numbers."""
+    if isinstance(x, CodedRows):
+        return CodedRows(x.codes[numbers], x.steps[numbers])
+    return x[numbers]
+
+
 class CodesLinear(Linear, Protocol):
     """A product that multiplies codes, and rounds its input to them if it gets it whole."""
 

@@ -43,10 +43,12 @@ class Forward:
         The likeliest token of each is its slot's token afterwards. `padded`: the step may have
         fewer chunk rows than the shape.
         """
-        hidden = self.hidden(shape, numbers, layer_done, padded=padded)
         *_, starts, _, chunk_slots = (numbers[part] for part in shape.sections)
+        wanted = None
         if shape.chunks:
-            hidden = torch.cat((hidden[: shape.slots], hidden[starts[1:] - 1]))
+            slots = torch.arange(shape.slots, device=numbers.device)
+            wanted = torch.cat((slots, starts[1:] - 1))
+        hidden = self.hidden(shape, numbers, layer_done, wanted, padded=padded)
         logits = self.model.scores(hidden)
         drawn = argmax_rows(logits)
         # A slot that is a chunk's has a row of nobody, too: the chunk's token must stay.
@@ -60,10 +62,13 @@ class Forward:
         shape: StepShape,
         numbers: Tensor,
         layer_done: Callable[[int], None] | None = None,
+        wanted: Tensor | None = None,
         *,
         padded: bool = False,
     ) -> Tensor:
-        """Normalised hidden states, (slots + rows, hidden_size); keys and values go to the pool."""
+        """Normalised hidden states, (slots + rows, hidden_size), or of the rows `wanted`; keys and
+        values go to the pool.
+        """
         tokens, positions, row_slots, starts, lengths, chunk_slots = (
             numbers[part] for part in shape.sections
         )
@@ -79,7 +84,8 @@ class Forward:
             chunks=Chunks(slots.pages[chunk_slots], starts, lengths) if shape.chunks else None,
             padded=padded,
         )
-        return self.model.hidden(tokens, places, self._attention.over(rows), layer_done)
+        attend = self._attention.over(rows)
+        return self.model.hidden(tokens, places, attend, layer_done, wanted)
 
     def _decoding(self, positions: Tensor) -> Decoding:
         lengths = (positions + 1).to(torch.int32)

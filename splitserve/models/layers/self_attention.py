@@ -69,8 +69,10 @@ class SelfAttention:
     turns_in_attend: bool = False
     """Whether `Attend` turns queries and keys on their way into the pool."""
 
-    def __call__(self, x: Rows, rotation: Rotation | None, attend: Attend) -> Tensor:
-        """(rows, hidden_size), to be summed over ranks."""
+    def __call__(
+        self, x: Rows, rotation: Rotation | None, attend: Attend, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(rows, hidden_size), to be summed over ranks; of the rows with the numbers `wanted`."""
         qkv = multiply(self.qkv, x)
         rows = qkv.shape[0]
         if self.clip is not None:
@@ -91,7 +93,8 @@ class SelfAttention:
         mixed = attend(
             self.layer, queries, keys, values, rotation if self.turns_in_attend else None
         )
-        return self.out(mixed.reshape(rows, -1))
+        mixed = mixed.reshape(rows, -1)
+        return self.out(mixed if wanted is None else mixed[wanted])
 
     def _turn(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         if self.rotary is None or rotation is None:

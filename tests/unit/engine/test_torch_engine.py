@@ -31,6 +31,23 @@ def by_token(token: DrawnToken) -> torch.Tensor:
     return values
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_that_are_wanted_are_what_they_would_be_among_all(deterministic: bool) -> None:
+    """Two chunks with draws, of which one draws twice, and one without."""
+    engine = make_engine(deterministic=deterministic)
+    prompts = [[(k * i) % 120 for i in range(11)] for k in (3, 5, 7)]
+    pages = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    draw = Draw(GREEDY, 0, 0, (), ())
+    draws: list[list[Draw]] = [[draw], [], [draw, draw]]
+    slices = [Slice(p, 0, own, d) for p, own, d in zip(prompts, pages, draws, strict=True)]
+    found = engine.compute(slices)
+    assert found is not None
+    alone = [make_engine(deterministic=deterministic).score(part)[-1] for part in slices]
+    expected = torch.stack([alone[0], alone[2], alone[2]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert engine.compute(slices[1:2]) is None
+
+
 def test_modes_agree() -> None:
     prompt = [(5 * i) % 120 for i in range(23)]
     pages = list(range(6))
