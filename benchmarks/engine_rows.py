@@ -42,6 +42,7 @@ from splitserve.engine.core import CoreConfig
 from splitserve.engine.factory import EngineConfig, open_engine
 from splitserve.engine.protocol import Draw, Slice
 from splitserve.sampling import SamplingParams
+from splitserve.settled import settle
 from splitserve.weights.checkpoint import read_config
 
 STEPS = 128
@@ -236,6 +237,7 @@ def main() -> None:
     )
     bench = EngineReplay(engine, core)
     bench.warm_up()
+    settle()
     document = {
         "machine": describe_machine(),
         "gpu": torch.cuda.get_device_name(),

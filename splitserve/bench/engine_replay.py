@@ -58,12 +58,15 @@ class EngineReplay:
         prompts = self._prompts(items, seed)
         records = [RequestRecord(item.id, item.prompt_tokens, sent_s=0.0) for item in items]
         turns = threading.Semaphore(pacing.concurrency or len(items))
-        left = threading.Semaphore(0)
+        left, all_ended = len(items), threading.Event()
 
         def ended(record: RequestRecord) -> None:
+            nonlocal left
             turns.release()
             on_done(record)
-            left.release()
+            left -= 1
+            if not left:
+                all_ended.set()
 
         self._on_end = ended
         began_s = time.perf_counter()
@@ -72,8 +75,8 @@ class EngineReplay:
             turns.acquire()
             params = replace(sampling, max_tokens=item.output_tokens, ignore_eos=True)
             self._submit(index, prompts[index], params, records[index])
-        for _ in items:
-            left.acquire()
+        if items:
+            all_ended.wait()
         return records
 
     def run_padded(self, items: Sequence[WorkItem], *, seed: int) -> list[RequestRecord]:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from splitserve.settled import settle
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
@@ -27,8 +29,9 @@ async def run_until_signal(
 
     A second signal cuts the draining short. `stop` always runs, once. If `failed` ends first the
     service cannot go on: it is stopped without draining, and what `failed` raised is raised.
-    Call it from the main thread.
+    Call it from the main thread, when everything that lasts has been made.
     """
+    settle()
     async with _signals() as signals:
         first = asyncio.ensure_future(signals.get())
         watched: set[asyncio.Future[Any]] = {first}

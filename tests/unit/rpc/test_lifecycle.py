@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from splitserve.rpc.lifecycle import run_until_signal
 
 SOON_S = 5.0
+
+
+@pytest.fixture(autouse=True)
+def _collected_again() -> Iterator[None]:
+    """A service has its process to itself; tests share one."""
+    yield
+    gc.unfreeze()
 
 
 class _Service:
