@@ -261,6 +261,7 @@ class HandOver:
         """Blocks that stay are given up as well: their pages will be. A store that hangs is not
         waited for: it drops them with their lease.
         """
+        await self._pool.tell_no_more()
         if self._pool.share:
             store.close_share(self._pool.share)
         shared = {*self._pool.kept, *self._pool.wanted_blocks}

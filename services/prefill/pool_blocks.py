@@ -1,10 +1,10 @@
 """The blocks of one prompt that stay in the worker's pool until they were read.
 
-Each is told of layer by layer, for readers that copy ahead; digested once it is whole; named on the
-receipt; and committed where it is. From then on its page is kept until the store says that the
-block is gone: it was read, or its leases have ended. While nothing else is left to do the store is
-asked for the lease as well, so that no page is kept for one that has ended, or for a store that
-does not answer.
+Each is told of layer by layer, for readers that copy ahead, which nothing here waits for; digested
+once it is whole; named on the receipt; and committed where it is. From then on its page is kept
+until the store says that the block is gone: it was read, or its leases have ended. While nothing
+else is left to do the store is asked for the lease as well, so that no page is kept for one that
+has ended, or for a store that does not answer.
 
 If someone who cannot map the pool waits for a block, it is `wanted` in the arena after all. When
 the pool's registration is lost, so are the blocks that were committed; nothing stays from there on.
@@ -49,6 +49,8 @@ class PoolBlocks:
         self._news = news
         self._ask_every_s = ask_every_s
         self._kept: dict[bytes, Block] = {}
+        self._untold: dict[bytes, tuple[bytes, int, int]] = {}
+        self._telling: asyncio.Task[None] | None = None
         self.wanted_blocks: list[Block] = []
         self.share: PoolShare | None = None
         self.receipt = PendingReceipt()
@@ -95,6 +97,13 @@ class PoolBlocks:
                 raise
             return []
 
+    async def tell_no_more(self) -> None:
+        """Until nobody tells the store of layers."""
+        self._untold.clear()
+        if self._telling:
+            self._telling.cancel()
+            await asyncio.wait({self._telling})
+
     async def outlast(self, store: BlockWriter) -> SplitserveError | None:
         """Wait for news of the pages that are kept, but not past the end of their lease, or of the
         store, which is returned as an error.
@@ -125,23 +134,42 @@ class PoolBlocks:
     ) -> Seq[Block]:
         ends = [block.ready for block in blocks]
         whole = [block for block in blocks if block.ready == self._num_layers]
-        partial = [(b.key, b.page, b.ready) for b in blocks if b.ready < self._num_layers]
-        if partial:
-            await store.report_layers(self._lease, share, partial)
-        if self.share is not share:
-            return []
+        for block in whole:
+            self._untold.pop(block.key, None)
+        self._tell(store, share, [block for block in blocks if block.ready < self._num_layers])
         if whole:
             places = [(block.key, block.num_tokens, block.page) for block in whole]
             digests = await store.seal_pages(places)
             self.receipt.add((b.index, b.page, d) for b, d in zip(whole, digests, strict=True))
             if set(whole).issuperset(block for block in pending if block.stays):
                 self.receipt.finish(share)
+            if self._telling:
+                await asyncio.wait({self._telling})  # no report comes after the commit
             if self.share is not share:
                 return []
             await self._commit(store, share, whole, digests)
         for block, end in zip(blocks, ends, strict=True):
             block.written = end
         return whole
+
+    def _tell(self, store: BlockWriter, share: PoolShare, blocks: Seq[Block]) -> None:
+        """Have the store told of what is ready of blocks that are not whole."""
+        self._untold.update((block.key, (block.key, block.page, block.ready)) for block in blocks)
+        if self._untold and (self._telling is None or self._telling.done()):
+            self._telling = asyncio.create_task(self._tell_all(store, share))
+
+    async def _tell_all(self, store: BlockWriter, share: PoolShare) -> None:
+        """One report at a time: what becomes ready meanwhile is in the next."""
+        try:
+            while self._untold and self.share is share:
+                blocks = list(self._untold.values())
+                self._untold.clear()
+                await store.report_layers(self._lease, share, blocks)
+        except SplitserveError as error:
+            # If it matters the commit fails, too.
+            _log.info("readers are not told of layers: %s", error.message)
+        except Exception:
+            _log.exception("readers are not told of layers")
 
     async def _commit(
         self, store: BlockWriter, share: PoolShare, whole: Seq[Block], digests: Seq[bytes]

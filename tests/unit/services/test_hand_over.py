@@ -54,6 +54,8 @@ class StubStore:
         self.gate.set()
         self.fault: dict[str, SplitserveError] = {}
         self.no_room: set[bytes] = set()
+        self.report_gate = asyncio.Event()
+        self.report_gate.set()
         self.sharing = asyncio.Event()
         self.sharing_gate = asyncio.Event()
         self.sharing_gate.set()
@@ -102,6 +104,11 @@ class StubStore:
     async def report_layers(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, int]]
     ) -> None:
+        await self.report_gate.wait()
+        self._fail("report")
+        assert not self.shared.keys() & {key for key, _, _ in blocks}, (
+            "committed blocks are told of"
+        )
         self.reported += blocks
 
     async def seal_pages(self, blocks: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
@@ -453,6 +460,73 @@ async def test_a_share_lost_before_a_commit_sends_what_is_not_whole_to_the_arena
     assert list(rig.store.shared) == [KEYS[0]], "nothing is shared after it"
     assert rig.store.committed == {KEYS[1]: digest_of(1), KEYS[2]: digest_of(2)}
     assert rig.store.abandoned == []
+    assert rig.hand_over.stats.error is None
+
+
+async def test_a_report_is_not_waited_for(rig: Rig) -> None:
+    """What becomes ready while it is under way is in the next one; digests are made meanwhile, and
+    the commit is after it.
+    """
+    rig.store.shares = True
+    rig.store.report_gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.layers_done(0, 1, 0, 2)
+    await rig.until(lambda: rig.hand_over._pool._telling is not None)
+    rig.hand_over.layers_done(1, 3, 0, 2)
+    rig.hand_over.blocks_done(0, 3)
+    receipt = await rig.hand_over.receipt(5)
+    assert receipt is not None
+    assert len(receipt.blocks) == 3
+    assert rig.store.shared == {}
+    rig.store.report_gate.set()
+    await rig.until(lambda: len(rig.store.shared) == 3)
+    assert [key for key, _, _ in rig.store.reported] == [KEYS[0]]
+    rig.listener.gone(KEYS)
+    await rig.finish()
+
+
+async def test_a_report_that_fails_ends_nothing(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.fault["report"] = Unavailable("not now")
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.layers_done(0, 3, 0, 2)
+    await rig.until(lambda: rig.hand_over._pool._telling is not None)
+    rig.hand_over.blocks_done(0, 3)
+    await rig.until(lambda: len(rig.store.shared) == 3)
+    rig.listener.gone(KEYS)
+    await rig.finish()
+    assert rig.hand_over.stats.error is None
+
+
+async def test_cancel_ends_a_report_before_blocks_are_abandoned(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.report_gate.clear()
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.layers_done(0, 3, 0, 2)
+    await rig.until(lambda: rig.hand_over._pool._telling is not None)
+    telling = rig.hand_over._pool._telling
+    rig.hand_over.cancel()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert telling is not None
+    assert telling.cancelled()
+    assert sorted(rig.store.abandoned) == KEYS
+
+
+async def test_a_share_lost_while_a_commit_waits_for_a_report_keeps_no_page(rig: Rig) -> None:
+    rig.store.shares = True
+    rig.store.report_gate.clear()
+    not_shared = InvalidRequest.single("pool_id", "not shared now")
+    rig.store.fault.update(report=not_shared, share=not_shared)
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.layers_done(0, 3, 0, 2)
+    await rig.until(lambda: rig.hand_over._pool._telling is not None)
+    rig.hand_over.blocks_done(0, 3)
+    assert await rig.hand_over.receipt(5) is not None
+    rig.listener.lost()
+    rig.store.report_gate.set()
+    await asyncio.wait_for(rig.hand_over.ended(), 5)
+    assert rig.store.committed == {key: digest_of(i) for i, key in enumerate(KEYS)}
+    assert rig.hand_over._pool.kept == []
     assert rig.hand_over.stats.error is None
 
 
