@@ -86,7 +86,7 @@ def slice_of(chunk: Chunk) -> Slice:
         ]
     # The one token that may not be known is the one that the step before draws.
     tokens = sequence.tokens(chunk.start, chunk.end) or [DRAWN]
-    return Slice(tokens, chunk.start, sequence.pages, draws, sequence.slot)
+    return Slice(tokens, chunk.start, sequence.pages, draws, sequence.slot, sequence.came_from)
 
 
 def whole_blocks(chunk: Chunk, block: int) -> tuple[int, int]:

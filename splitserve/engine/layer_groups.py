@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 from splitserve.engine.protocol import EngineSpec, LayersDone
 
 
+def ends_group(spec: EngineSpec, layer: int) -> bool:
+    """Whether it is the last one of those that are told of together."""
+    return (layer + 1) % spec.layer_group == 0 or layer + 1 == spec.num_layers
+
+
 @contextlib.contextmanager
 def reporting(
     spec: EngineSpec, layers_done: LayersDone | None, *, shared: bool
@@ -24,9 +29,8 @@ def reporting(
     group, total = spec.layer_group, spec.num_layers
 
     def report(layer: int) -> None:
-        end = layer + 1
-        if end and (end % group == 0 or end == total):
-            layers_done((end - 1) // group * group, end)
+        if layer >= 0 and ends_group(spec, layer):
+            layers_done(layer // group * group, layer + 1)
 
     if not shared:
         yield report

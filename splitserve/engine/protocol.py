@@ -91,8 +91,9 @@ class Slice:
     everything before. `pages` covers positions [0, start + len(token_ids)). `draws` are taken
     from the last position's logits; a chunk that is not its prompt's last has none.
 
-    `slot` is the sequence's place in the batch while it runs, -1 where steps do not follow each
-    other. While it stays, `pages` is one object that only grows.
+    `slot` is the sequence's place in the batch, -1 where steps do not follow each other. Until it
+    leaves the batch, `pages` is one object that only grows. `came_from` is the place where it drew
+    its last token, if that was another; else -1.
     """
 
     token_ids: Sequence[int]
@@ -100,6 +101,7 @@ class Slice:
     pages: Sequence[int]
     draws: Sequence[Draw]
     slot: int = -1
+    came_from: int = -1
 
 
 LayersDone = Callable[[int, int], None]

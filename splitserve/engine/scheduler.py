@@ -89,15 +89,20 @@ class Scheduler:
         """Fill the batch: first with sequences whose KV has come, then with waiting ones, oldest
         first, while there are pages. One that must wait for its KV or first token takes pages but
         no place in the batch, so that a queue elsewhere never idles this engine.
+
+        A call admits no more prompts than fill a step: the device need not wait until all are
+        placed.
         """
         while self.ready and len(self.running) < self._max_batch:
             self._run(self.ready.popleft())
-        while self.waiting:
+        admitted = 0
+        while self.waiting and admitted < self._max_step_tokens:
             first = self.waiting[0]
             full = len(self.running) + len(self.ready) >= self._max_batch
             if (full and not first.await_first_token) or not self._place(first):
                 return
             self._start(self.waiting.popleft())
+            admitted += first.num_uncomputed if first.state is State.RUNNING else 0
 
     @property
     def may_preempt(self) -> bool:
@@ -111,6 +116,7 @@ class Scheduler:
 
     def plan(self) -> list[Chunk]:
         """Choose this step's chunks; every one has its pages."""
+        self._close_ranks()
         budget = self._max_step_tokens
         chunks: list[Chunk] = []
         for sequence in list(self.running):
@@ -132,6 +138,7 @@ class Scheduler:
         """Book a chunk that is being computed: the next plan goes on from there."""
         sequence = chunk.sequence
         sequence.num_computed = chunk.end
+        sequence.came_from = -1
         sequence.num_in_flight += 1
         sequence.num_pending += chunk.is_last
 
@@ -286,10 +293,23 @@ class Scheduler:
             sequence.sink.begin(keys, tuple(sequence.pages), sequence.num_computed // block)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Give up the place in the batch. The lowest is given first, so that the batch is dense."""
+        """Give up the place in the batch."""
         self.running.remove(sequence)
         heapq.heappush(self._free_slots, sequence.slot)
-        sequence.slot = -1
+        sequence.slot = sequence.came_from = -1
+
+    def _close_ranks(self) -> None:
+        """Have the last ones of the batch take the places that have been given up: a step computes
+        a row for each place up to the last that is taken.
+        """
+        if not self._free_slots or self._free_slots[0] >= len(self.running):
+            return
+        for sequence in sorted(self.running, key=lambda s: s.slot, reverse=True):
+            if sequence.slot < len(self.running):
+                return
+            if sequence.came_from < 0:
+                sequence.came_from = sequence.slot
+            sequence.slot = heapq.heapreplace(self._free_slots, sequence.slot)
 
     def _root(self, sequence: Sequence) -> bytes:
         return root_key(self._spec.fingerprint, sequence.cache_salt)

@@ -88,9 +88,9 @@ class Sequence:
     makes it a prefill: that many first tokens are drawn from the prompt's last position, and the
     pages are kept until `EngineCore.release`.
 
-    A running sequence has a `slot`, its place in the batch. `num_in_flight` counts the launched
-    steps it has part in whose tokens have not been read back, `num_pending` the tokens among
-    `num_tokens` that these draw.
+    A running sequence has a `slot`, its place in the batch, and had `came_from` when it was last
+    computed, -1 if that is the same. `num_in_flight` counts the launched steps it has part in whose
+    tokens have not been read back, `num_pending` the tokens among `num_tokens` that these draw.
     """
 
     id: str
@@ -114,6 +114,7 @@ class Sequence:
     loading: bool = False
     exporting: bool = False
     slot: int = -1
+    came_from: int = -1
     num_in_flight: int = 0
     num_pending: int = 0
     num_preemptions: int = 0

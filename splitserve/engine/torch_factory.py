@@ -76,7 +76,13 @@ def open_torch_engine(
         from splitserve.engine.cuda.opening import open_cuda_engine
 
         return open_cuda_engine(
-            spec, model, memory, group, max_batch=config.max_batch, show_progress=show_progress
+            spec,
+            model,
+            memory,
+            group,
+            max_batch=config.max_batch,
+            max_step_tokens=config.max_step_tokens,
+            show_progress=show_progress,
         )
     attend = RowwiseAttention if config.deterministic else BatchedAttention
     attention = attend(memory, model.rules)

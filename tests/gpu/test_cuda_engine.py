@@ -49,7 +49,10 @@ def open_tiny(kv_dtype: KvDtype = "float32", num_pages: int = 64) -> abc.Iterato
         CONFIG, RandomWeights(), products, SingleGroup(), torch.float32, device, TritonBackend()
     )
     memory = open_page_memory(shape, num_pages, torch.float32, device)
-    return open_cuda_engine(spec, loader.load(512), memory, SingleGroup(), max_batch=MAX_BATCH)
+    model = loader.load(512)
+    return open_cuda_engine(
+        spec, model, memory, SingleGroup(), max_batch=MAX_BATCH, max_step_tokens=512
+    )
 
 
 @pytest.fixture
@@ -144,7 +147,14 @@ def test_pages_travel(kv_dtype: KvDtype, most: float) -> None:
     torch.testing.assert_close(found, whole, rtol=0, atol=most)
 
 
-def test_layers_are_reported_when_they_are_there(engine: object) -> None:
+@pytest.mark.parametrize("decodes", [False, True])
+@pytest.mark.parametrize("replays", [True, False])
+def test_layers_are_reported_when_they_are_there(
+    engine: object, decodes: bool, replays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a graph in parts or kernel by kernel; also of a prompt's last token, when it is alone."""
+    if not replays:
+        monkeypatch.setattr(engine._graphs, "fitting", lambda shape: None)
     told: list[tuple[int, int]] = []
     done = threading.Event()
     pages = [bytearray(engine.spec.block_bytes) for _ in range(2)]
@@ -158,7 +168,10 @@ def test_layers_are_reported_when_they_are_there(engine: object) -> None:
         if end == 3:
             done.set()
 
-    launched = engine.launch([Slice([1, 2, 3, 4, 5, 6, 7, 8], 0, [0, 1], (), 0)], layers_done)
+    engine.step([Slice([1, 2, 3, 4, 5, 6, 7], 0, [0, 1], (), 0)])
+    greedy = Draw(SamplingParams(temperature=0), 0, 0, (), ())
+    part = Slice([8], 7, [0, 1], [greedy], 0) if decodes else Slice([7, 8], 6, [0, 1], (), 0)
+    launched = engine.launch([part], layers_done)
     assert done.wait(10)
     launched.tokens()
     assert told == [(0, 2), (2, 3)]
@@ -168,14 +181,18 @@ def test_layers_are_reported_when_they_are_there(engine: object) -> None:
         assert whole == content
 
 
-def test_a_graph_is_what_it_was_recorded_from(engine: object) -> None:
+def test_a_graph_is_what_it_was_recorded_from(
+    engine: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same decode step, replayed and launched kernel by kernel."""
     prompt = [5, 9, 2, 44, 17]
     params = SamplingParams(temperature=0, logprobs=120)
     rows = []
-    for layers_done in (None, lambda first, end: None):
+    for replays in (True, False):
+        if not replays:
+            monkeypatch.setattr(engine._graphs, "fitting", lambda shape: None)
         engine.step([Slice(prompt, 0, [3, 9], (), 0)])
         draws = [Draw(params, 0, 0, (), ())]
-        [[token]] = engine.step([Slice([8], 5, [3, 9], draws, 0)], layers_done)
+        [[token]] = engine.step([Slice([8], 5, [3, 9], draws, 0)])
         rows.append({entry.token_id: entry.logprob for entry in token.top})
     assert rows[0] == pytest.approx(rows[1], abs=1e-5)

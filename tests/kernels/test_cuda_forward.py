@@ -42,6 +42,9 @@ class Steps:
         """Logits of each slice with a draw, in their order."""
         plan = StepPlan.of(slices)
         shape = shape or plan.shape
+        moved = [(part.came_from, part.slot) for part in slices if part.came_from >= 0]
+        if moved:
+            self.slots.move(*torch.tensor(moved).unbind(1))
         places, numbers = self.slots.news(slices, BLOCK)
         self.slots.write(*(torch.tensor(each, dtype=torch.int64) for each in (places, numbers)))
         laid = np.empty(shape.size, np.int64)
@@ -92,6 +95,16 @@ def test_a_drawn_token_goes_on_without_the_host() -> None:
         return [Slice([token], 9, PAGES_OF["b"], [DRAW], SLOT_OF["b"])]
 
     assert torch.equal(unknown.run(next_step(DRAWN)), known.run(next_step(drawn)))
+
+
+def test_a_sequence_may_change_its_slot() -> None:
+    known, moving = Steps(), Steps()
+    for steps in (known, moving):
+        steps.run(slices_of([("b", 0, 9), ("c", 0, 20)]))
+    drawn = int(known.slots.tokens[SLOT_OF["c"]])
+    expected = known.run([Slice([drawn], 20, PAGES_OF["c"], [DRAW], SLOT_OF["c"])])
+    found = moving.run([Slice([DRAWN], 20, PAGES_OF["c"], [DRAW], 1, came_from=SLOT_OF["c"])])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_rows_of_nobody_store_nothing() -> None:

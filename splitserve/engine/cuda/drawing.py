@@ -7,7 +7,7 @@ one more that it does not: the token that the step was computed from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 
@@ -97,6 +97,10 @@ class Drawing:
         )
         draw = Draw(everything, 0, 0, (0,), ())
         self._sample([draw], [0], logits, torch.full((1,), -1, device=logits.device))
+
+    def move(self, moves: Iterable[tuple[int, int]]) -> None:
+        """See `Histories.move`."""
+        self._histories.move(moves)
 
     def draw(self, slices: Sequence[Slice], rows: Mapping[int, int], logits: Tensor) -> Drawn:
         """Tokens of all slices, whose slots' rows of the logits are given. The slots have their

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from splitserve.engine.cuda.layout import StepPlan, StepShape, placed_by_order
 from splitserve.engine.cuda.slots import SlotTable
 from splitserve.engine.cuda.staging import Staging
 from splitserve.engine.device_pages import DevicePages
-from splitserve.engine.layer_groups import reporting
+from splitserve.engine.layer_groups import ends_group, reporting
 from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.engine.triton_attention import TritonAttention
@@ -72,7 +72,12 @@ class CudaEngine:
         max_pages = -(-spec.max_context_tokens // spec.block_tokens)
         self._slots = SlotTable(max_batch, max_pages, device)
         self._forward = Forward(model, memory, attention, self._slots)
-        self._graphs = StepGraphs(self._forward, self._stream, nobody=self._slots.nobody)
+        self._graphs = StepGraphs(
+            self._forward,
+            self._stream,
+            nobody=self._slots.nobody,
+            ends_part=partial(ends_group, spec),
+        )
         self._staging = Staging(device)
         self._drawing = Drawing(spec.eos_token_ids, self._slots, self._staging)
         self._reports = LayerReports()
@@ -226,17 +231,21 @@ class CudaEngine:
     ) -> tuple[StepPlan, StepShape, Tensor]:
         """The step's shape as it was launched, and its logits."""
         plan = StepPlan.of(slices)
-        shape = None if layers_done else self._graphs.fitting(plan.shape)
-        if shape:
-            self._send(plan, shape, self._graphs.numbers(shape))
-            return plan, shape, self._graphs.replay(shape)
-        shape = plan.shape
+        shape = self._graphs.fitting(plan.shape.telling() if layers_done else plan.shape)
         told, shared = self._reports.when_computed(layers_done), self._group.size > 1
         with reporting(self.spec, told, shared=shared) as layer_done:
+            if shape:
+                self._send(plan, shape, self._graphs.numbers(shape))
+                return plan, shape, self._graphs.replay(shape, layer_done)
+            shape = plan.shape
             return plan, shape, self._forward(shape, self._send(plan, shape), layer_done)
 
     def _send(self, plan: StepPlan, shape: StepShape, out: Tensor | None = None) -> Tensor:
-        """The step's numbers on the device, after the pages that it needs there."""
+        """The step's numbers on the device, after the tokens and pages that it needs there."""
+        moves = [(part.came_from, part.slot) for part in plan.decoding if part.came_from >= 0]
+        if moves:
+            self._slots.move(*self._staging.send_lists(*map(list, zip(*moves, strict=True))))
+            self._drawing.move(moves)
         news = self._slots.news([*plan.decoding, *plan.chunks], self.spec.block_tokens)
         if news[0]:
             self._slots.write(*self._staging.send_lists(*news))

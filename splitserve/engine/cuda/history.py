@@ -6,7 +6,7 @@ Never imports torch: this is the host's part of a step.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from splitserve.engine.protocol import Draw
 
@@ -49,6 +49,11 @@ class Histories:
 
     def __init__(self) -> None:
         self._of_slots: dict[int, History] = {}
+
+    def move(self, moves: Iterable[tuple[int, int]]) -> None:
+        """Take along those of sequences that have come (from one slot, to another)."""
+        taken = [(after, self._of_slots.pop(before, None)) for before, after in moves]
+        self._of_slots.update((slot, history) for slot, history in taken if history)
 
     def of(self, slot: int, draw: Draw) -> History:
         """All tokens that the host knows of; made anew for another sequence, else followed."""

@@ -2,7 +2,7 @@
 
 A step has a row for each slot of the batch, whether or not its sequence is in the step, and after
 these the rows of its chunks of prompts. So a decoding sequence's row is its slot in every step,
-and nothing moves when a neighbour ends. Never imports torch: this is the host's part of a step.
+and one moves at most when a neighbour ends. Never imports torch: this is the host's part of a step.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class StepShape:
         """Numbers in all."""
         end: int = self.sections[-1].stop
         return end
+
+    def telling(self) -> StepShape:
+        """The least that holds this one and a chunk: only with chunks are graphs made in parts."""
+        return replace(self, rows=max(1, self.rows), chunks=max(1, self.chunks))
 
     def holds(self, other: StepShape) -> bool:
         """Whether a step of the other shape can be padded to this one."""
@@ -121,4 +125,4 @@ class StepPlan:
 
 def placed_by_order(slices: Sequence[Slice]) -> list[Slice]:
     """Slices of a step that stands alone: slots are their places in it."""
-    return [replace(part, slot=index) for index, part in enumerate(slices)]
+    return [replace(part, slot=index, came_from=-1) for index, part in enumerate(slices)]

@@ -19,6 +19,8 @@ from splitserve.parallel.group import Group
 
 _MIXED_SLOTS = (8, 32, 64, 128, 192, 256)
 _MIXED_ROWS = (64, 128, 256, 384, 512, 768, 1024)
+_PROMPT_SLOTS = 8
+_PROMPT_ROWS = (1536, 2048)
 _MIXED_CHUNKS = 16
 _GRAPHS_SHARE = 1.25
 _LOGITS_COPIES = 4
@@ -33,12 +35,13 @@ def open_cuda_engine(
     group: Group,
     *,
     max_batch: int,
+    max_step_tokens: int,
     show_progress: bool = False,
 ) -> CudaEngine:
-    """An engine for steps of up to `max_batch` sequences."""
+    """An engine for steps of up to `max_batch` sequences and `max_step_tokens` tokens."""
     attention = _attention(memory, model)
     engine = CudaEngine(spec, model, memory, attention, group, max_batch=max_batch)
-    shapes = graph_shapes(max_batch) if group.size == 1 else []
+    shapes = graph_shapes(max_batch, max_step_tokens) if group.size == 1 else []
     shapes = [shape for shape in shapes if model.keeps_to_device(shape.total_rows)]
     with tqdm(
         total=len(shapes), desc="recording steps", unit="graph", disable=not show_progress
@@ -73,18 +76,26 @@ def _attention(memory: PageMemory, model: Decoder) -> TritonAttention:
     return TritonAttention(memory.layers(), model.rules, processors)
 
 
-def graph_shapes(max_batch: int) -> list[StepShape]:
-    """Steps that decode, padded by three rows or an eighth, and steps that compute short chunks of
-    prompts beside.
+def graph_shapes(max_batch: int, max_step_tokens: int) -> list[StepShape]:
+    """Steps that decode, padded by three rows or an eighth, steps that compute short chunks of
+    prompts beside, and steps of prompts with few who decode, as a prefill worker has them.
 
-    Without a graph a step costs the host some milliseconds. Chunks of more rows than those here
-    keep the device busy for longer than that.
+    Without a graph a step costs the host 10 to 40 ms. Chunks of more rows than those here keep the
+    device busy for longer than that.
     """
+    mixed, prompts = _MIXED_ROWS, (*_MIXED_ROWS, *_PROMPT_ROWS)
+    # Up to the first that holds the most.
+    needed = {r for r, less in zip(prompts, (0, *prompts), strict=False) if less < max_step_tokens}
     shapes = [StepShape(size) for size in _sizes(max_batch)]
     beside = {size for size in (*_MIXED_SLOTS, max_batch) if size <= max_batch}
-    return shapes + [
-        StepShape(slots, rows, _MIXED_CHUNKS) for slots in sorted(beside) for rows in _MIXED_ROWS
+    shapes += [
+        StepShape(slots, rows, _MIXED_CHUNKS)
+        for slots in sorted(beside)
+        for rows in mixed
+        if rows in needed
     ]
+    few = min(_PROMPT_SLOTS, max_batch)
+    return shapes + [StepShape(few, r, _MIXED_CHUNKS) for r in _PROMPT_ROWS if r in needed]
 
 
 def _sizes(max_batch: int) -> list[int]:

@@ -55,6 +55,12 @@ class SlotTable:
             self._sent[part.slot] = (part.pages, max(sent, needed))
         return places, numbers
 
+    def move(self, before: Tensor, after: Tensor) -> None:
+        """Give slots `after` the tokens that slots `before` have; both int64 on the device. Their
+        pages are news.
+        """
+        self.tokens.index_copy_(0, after, self.tokens[before])
+
     def write(self, places: Tensor, numbers: Tensor) -> None:
         """Put page numbers where they are due; both int64 on the device."""
         self.pages.view(-1).index_copy_(0, places, numbers.to(torch.int32))

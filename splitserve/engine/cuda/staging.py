@@ -13,7 +13,7 @@ from splitserve.engine.cuda.layout import Numbers
 _LEAST = 1 << 12
 _DEPTH = 16
 """Copies that may be under way; one more waits for the oldest. They follow the steps on their
-stream, and a step makes up to 7: with fewer than two steps' the host would wait for the device.
+stream, and a step makes up to 8: with fewer than two steps' the host would wait for the device.
 """
 
 

@@ -394,3 +394,31 @@ def test_stop_ends_every_sequence_with_an_error(make_bench: MakeBench) -> None:
 def test_a_step_too_small_for_the_batch_and_a_block_is_refused(make_bench: MakeBench) -> None:
     with pytest.raises(ConfigError, match=r"block_tokens 16 = 32"):
         make_bench(max_batch=16, max_step_tokens=31)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(make_bench: MakeBench) -> None:
+    """What fits beside a prompt of many steps is computed beside it."""
+    bench = make_bench(num_pages=512, max_batch=4, max_step_tokens=24)
+    bench.submit("long", list(range(240)), count=1)
+    bench.core.step()
+    bench.submit("short", [3, 5, 7], count=1)
+    bench.core.step()
+    bench.core.step()
+    assert bench.tokens["short"] == expected_tokens([3, 5, 7], 1)
+    assert not bench.tokens["long"]
+    bench.run()
+    assert bench.tokens["long"] == expected_tokens(list(range(240)), 1)
+
+
+def test_no_more_is_placed_at_once_than_a_step_computes(make_bench: MakeBench) -> None:
+    bench = make_bench(num_pages=512, max_step_tokens=64)
+    for index in range(9):
+        bench.submit(str(index), [index] * 32, count=9)
+    running = []
+    for _ in range(3):
+        bench.core.step()
+        running.append(bench.core.stats().running)
+    assert running == [2, 4, 6]
+    bench.run()
+    for index in range(9):
+        assert bench.tokens[str(index)] == expected_tokens([index] * 32, 9)

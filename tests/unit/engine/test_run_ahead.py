@@ -43,6 +43,7 @@ class LateEngine(FakeEngine):
         self.in_flight: deque[LateStep] = deque()
         self.most_in_flight = 0
         self.tokens: dict[int, int] = {}
+        self.slots: list[int] = []
         self.launches = 0
         self.fail_launch = 0
         self.fail_tokens = 0
@@ -53,12 +54,14 @@ class LateEngine(FakeEngine):
         self.launches += 1
         if self.launches == self.fail_launch:
             raise RuntimeError("out of memory")
-        assert len({part.slot for part in slices}) == len(slices)
+        self.slots = sorted(part.slot for part in slices)
+        assert len(set(self.slots)) == len(slices)
         known = []
         for part in slices:
             assert part.slot >= 0
             if part.token_ids[-1] == DRAWN:
-                part = replace(part, token_ids=[self.tokens[part.slot]])
+                before = part.slot if part.came_from < 0 else part.came_from
+                part = replace(part, token_ids=[self.tokens[before]])
             known.append(replace(part, pages=list(part.pages)))
         written = [(part.pages, self._pages_of(part)) for part in slices]
         for flight in self.in_flight:
@@ -127,15 +130,37 @@ def test_any_mix_gives_the_same_tokens(
     core = make_core(
         engine, heard, max_batch=max_batch, max_step_tokens=step_tokens, reuse_prefixes=reuse
     )
-    params = SamplingParams(temperature=0 if greedy else 1, max_tokens=count, ignore_eos=True)
+    params = SamplingParams(temperature=0 if greedy else 1, ignore_eos=True)
+    counts = [1 + (index + 1) * count % 40 for index in range(len(prompts))]
     for index, prompt in enumerate(prompts):
-        core.submit(Sequence(str(index), prompt, params, seed=5))
+        own = replace(params, max_tokens=counts[index])
+        core.submit(Sequence(str(index), prompt, own, seed=5))
     run(core)
     seed = None if greedy else 5
     for index, prompt in enumerate(prompts):
-        assert tokens_of(heard, str(index)) == expected_tokens(prompt, count, seed=seed)
+        assert tokens_of(heard, str(index)) == expected_tokens(prompt, counts[index], seed=seed)
     assert core.stats().free_pages == num_pages
     assert not engine.in_flight
+
+
+def test_the_last_ones_take_the_places_of_those_who_have_left() -> None:
+    """Nobody sits past those of the step before, and each goes on from its own token."""
+    heard: list[SequenceOutput] = []
+    engine = LateEngine()
+    core = make_core(engine, heard)
+    counts = [3, 12, 5, 5, 12, 8, 12]
+    for index, count in enumerate(counts):
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        core.submit(Sequence(str(index), [index, 5], params, seed=0))
+    sizes = [7]
+    while engine.launches < max(counts):
+        core.step()
+        assert engine.slots[-1] < sizes[-1]
+        sizes.append(len(engine.slots))
+    assert sizes[1:] == [7] * 3 + [6] * 2 + [4] * 3 + [3] * 4
+    run(core)
+    for index, count in enumerate(counts):
+        assert tokens_of(heard, str(index)) == expected_tokens([index, 5], count)
 
 
 def test_the_next_step_is_launched_before_the_last_is_read() -> None:

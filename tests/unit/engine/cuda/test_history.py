@@ -51,6 +51,17 @@ def test_sequences_keep_to_their_slots() -> None:
     assert histories.of(1, other) is second
 
 
+def test_a_history_moves_with_its_sequence() -> None:
+    histories = Histories()
+    one, other = Draw(PARAMS, 0, 0, [1], [4]), Draw(PARAMS, 0, 0, [2], [4])
+    first, second = histories.of(6, one), histories.of(5, other)
+    histories.of(1, Draw(PARAMS, 0, 0, [9], [9]))
+    histories.move([(6, 0), (5, 1), (7, 2)])
+    assert histories.of(0, one) is first
+    assert histories.of(1, other) is second
+    assert histories.of(6, one) is not first
+
+
 def test_an_output_that_was_cut_is_counted_anew() -> None:
     histories, output = Histories(), [1, 2, 3]
     histories.of(0, Draw(PARAMS, 0, 0, [], output))

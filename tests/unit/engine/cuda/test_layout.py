@@ -76,3 +76,8 @@ def test_a_shape_holds_what_is_no_larger_in_any_way() -> None:
     assert shape.holds(StepShape(0, 1, 1))
     for larger in (StepShape(9), StepShape(0, 65, 1), StepShape(0, 10, 5)):
         assert not shape.holds(larger)
+
+
+def test_a_step_that_tells_of_its_layers_has_a_chunk() -> None:
+    assert StepShape(3).telling() == StepShape(3, 1, 1)
+    assert StepShape(3, 9, 2).telling() == StepShape(3, 9, 2)
