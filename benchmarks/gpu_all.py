@@ -25,6 +25,8 @@ LLAMA = "benchmarks/models/llama-3.1-8b"
 GPT_J = "benchmarks/models/gpt-j-6b"
 WORKLOADS = ("fixed-128-128", "fixed-2048-128", "summarize", "chat")
 FAMILY_PARTS = 4
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=")
+"""Warnings are of the versions that the machine has: no errors here."""
 END_S = 10.0
 HANDOFF = (
     *("benchmarks/handoff.py", "--device", "cuda", "--load-format", "dummy"),
@@ -48,7 +50,7 @@ def engine(name: str, limit_s: int, *words: str) -> Step:
 
 
 STEPS = (
-    Step("tests_gpu", 300, ("-m", "pytest", "-q", "tests/gpu", "tests/unit/quant")),
+    Step("tests_gpu", 300, (*PYTEST, "tests/gpu", "tests/unit/quant")),
     *(
         Step(
             f"families_{part}",
@@ -61,6 +63,7 @@ STEPS = (
         Step(f"kernels_{name}", 300, (f"benchmarks/kernels/{name}.py", "--json", "{json}"))
         for name in ("attention", "fused", "linear", "experts")
     ),
+    Step("large_products", 120, ("benchmarks/kernels/large_products.py",)),
     Step("kernels_whole", 120, ("benchmarks/kernels/linear.py", "--whole", "--json", "{json}")),
     engine(
         "llama_bf16",
@@ -79,7 +82,7 @@ STEPS = (
     ),
     engine(
         "gpt_j_fp8",
-        *(200, "--model", GPT_J, "--dtype", "float16", "--quantization", "fp8"),
+        *(200, "--model", GPT_J, "--dtype", "bfloat16", "--quantization", "fp8"),
         *("--batch", "1", "64", "--workload", "summarize"),
     ),
     Step("handoff_device", 150, (*HANDOFF, "--transport", "device", "--json", "{json}")),
@@ -90,7 +93,12 @@ STEPS = (
         (*HANDOFF, "--gpus", "0,1", "--transport", "device", "--json", "{json}"),
         gpus=2,
     ),
-    Step("tests_gpus", 560, ("-m", "pytest", "-q", "tests/gpu/test_all_reduce.py"), gpus=2),
+    Step(
+        "tests_gpus",
+        560,
+        (*PYTEST, "tests/gpu/test_all_reduce.py", "tests/gpu/test_peer_pools.py"),
+        gpus=2,
+    ),
     Step(
         "tensor_parallel",
         200,
