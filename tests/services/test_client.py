@@ -167,7 +167,7 @@ async def test_leaving_a_stream_early_frees_the_worker(suite):
             async for delta in stream:
                 if delta.choices and delta.choices[0].first_token_index >= 2:
                     break
-            assert (await decode.metrics())["splitserve_num_requests_running"] == 1
+            await decode.until_metric("splitserve_num_requests_running", lambda count: count == 1)
         await until_idle(decode)
 
     def leave_a_blocking_stream() -> None:
