@@ -41,8 +41,8 @@ from splitserve.bench.workload import WorkItem, load_workload
 from splitserve.engine.core import CoreConfig
 from splitserve.engine.factory import EngineConfig, open_engine
 from splitserve.engine.protocol import Draw, Slice
+from splitserve.gc_heap import freeze_gc_heap
 from splitserve.sampling import SamplingParams
-from splitserve.settled import settle
 from splitserve.weights.checkpoint import read_config
 
 STEPS = 128
@@ -237,7 +237,7 @@ def main() -> None:
     )
     bench = EngineReplay(engine, core)
     bench.warm_up()
-    settle()
+    freeze_gc_heap()
     document = {
         "machine": describe_machine(),
         "gpu": torch.cuda.get_device_name(),

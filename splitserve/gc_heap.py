@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 
-def settle() -> None:
+def freeze_gc_heap() -> None:
     """Have collections pass over everything that is there now. Call it once, when the process has
     been set up and begins to serve.
 

@@ -30,7 +30,7 @@ from splitserve.client import AsyncClient
 from splitserve.engine.factory import EngineConfig, open_engine, step_sizes
 from splitserve.engine.scheduler import check_step
 from splitserve.errors import ConfigError
-from splitserve.settled import settle
+from splitserve.gc_heap import freeze_gc_heap
 from splitserve.weights.checkpoint import read_config
 
 EXIT_FAILED_REQUESTS = 1
@@ -155,7 +155,7 @@ def _measure_engine(
     info = TargetInfo(f"{options.model} in this process", spec.vocab_size, spec.max_context_tokens)
     try:
         bench.warm_up()
-        settle()
+        freeze_gc_heap()
         with tqdm(total=len(items), unit="request", disable=None) as bar:
             if options.static_batches:
                 records = bench.run_padded(items, seed=options.seed)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from splitserve.settled import settle
+from splitserve.gc_heap import freeze_gc_heap
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
@@ -31,7 +31,7 @@ async def run_until_signal(
     service cannot go on: it is stopped without draining, and what `failed` raised is raised.
     Call it from the main thread, when everything that lasts has been made.
     """
-    settle()
+    freeze_gc_heap()
     async with _signals() as signals:
         first = asyncio.ensure_future(signals.get())
         watched: set[asyncio.Future[Any]] = {first}

@@ -56,6 +56,15 @@ async def test_signal_drains_then_stops(number: signal.Signals) -> None:
     assert service.calls == ["drain", "drained", "stop"]
 
 
+async def test_what_was_made_before_is_kept_out_of_collections() -> None:
+    service = _Service()
+    assert not gc.get_freeze_count()
+    task = await _running(service)
+    assert gc.get_freeze_count()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(task, SOON_S)
+
+
 async def test_second_signal_stops_at_once() -> None:
     service = _Service(drain_hangs=True)
     task = await _running(service)
