@@ -9,12 +9,12 @@ its tokens. The scheduler never touches a tensor.
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from splitserve.engine.batch_slots import BatchSlots
 from splitserve.engine.protocol import DrawnToken, EngineSpec
 from splitserve.engine.sequence import PageLoad, Sequence, SequenceOutput, State
 from splitserve.errors import ConfigError
@@ -70,7 +70,7 @@ class Scheduler:
         self.loading: dict[str, Sequence] = {}
         self.ready: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._free_slots = list(range(max_batch))
+        self._slots = BatchSlots(max_batch)
         self.num_preemptions = 0
 
     @property
@@ -116,7 +116,7 @@ class Scheduler:
 
     def plan(self) -> list[Chunk]:
         """Choose this step's chunks; every one has its pages."""
-        self._close_ranks()
+        self._slots.close_ranks(self.running)
         budget = self._max_step_tokens
         chunks: list[Chunk] = []
         for sequence in list(self.running):
@@ -284,7 +284,7 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING
-        sequence.slot = heapq.heappop(self._free_slots)
+        self._slots.take(sequence)
         self.running.append(sequence)
         if sequence.sink:
             sequence.exporting = True
@@ -295,21 +295,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Give up the place in the batch."""
         self.running.remove(sequence)
-        heapq.heappush(self._free_slots, sequence.slot)
-        sequence.slot = sequence.came_from = -1
-
-    def _close_ranks(self) -> None:
-        """Have the last ones of the batch take the places that have been given up: a step computes
-        a row for each place up to the last that is taken.
-        """
-        if not self._free_slots or self._free_slots[0] >= len(self.running):
-            return
-        for sequence in sorted(self.running, key=lambda s: s.slot, reverse=True):
-            if sequence.slot < len(self.running):
-                return
-            if sequence.came_from < 0:
-                sequence.came_from = sequence.slot
-            sequence.slot = heapq.heapreplace(self._free_slots, sequence.slot)
+        self._slots.leave(sequence)
 
     def _root(self, sequence: Sequence) -> bytes:
         return root_key(self._spec.fingerprint, sequence.cache_salt)

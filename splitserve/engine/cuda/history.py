@@ -53,7 +53,7 @@ class Histories:
     def move(self, moves: Iterable[tuple[int, int]]) -> None:
         """Take along those of sequences that have come (from one slot, to another)."""
         taken = [(after, self._of_slots.pop(before, None)) for before, after in moves]
-        self._of_slots.update((slot, history) for slot, history in taken if history)
+        self._of_slots.update((slot, history) for slot, history in taken if history is not None)
 
     def of(self, slot: int, draw: Draw) -> History:
         """All tokens that the host knows of; made anew for another sequence, else followed."""

@@ -83,19 +83,14 @@ def graph_shapes(max_batch: int, max_step_tokens: int) -> list[StepShape]:
     Without a graph a step costs the host 10 to 40 ms. Chunks of more rows than those here keep the
     device busy for longer than that.
     """
-    mixed, prompts = _MIXED_ROWS, (*_MIXED_ROWS, *_PROMPT_ROWS)
-    # Up to the first that holds the most.
-    needed = {r for r, less in zip(prompts, (0, *prompts), strict=False) if less < max_step_tokens}
-    shapes = [StepShape(size) for size in _sizes(max_batch)]
-    beside = {size for size in (*_MIXED_SLOTS, max_batch) if size <= max_batch}
-    shapes += [
-        StepShape(slots, rows, _MIXED_CHUNKS)
-        for slots in sorted(beside)
-        for rows in mixed
-        if rows in needed
-    ]
     few = min(_PROMPT_SLOTS, max_batch)
-    return shapes + [StepShape(few, r, _MIXED_CHUNKS) for r in _PROMPT_ROWS if r in needed]
+    beside = {size for size in (*_MIXED_SLOTS, max_batch) if size <= max_batch}
+    prompts = [(slots, rows) for slots in sorted(beside) for rows in _MIXED_ROWS]
+    prompts += [(few, rows) for rows in _PROMPT_ROWS]
+    # The least that holds the largest step; what is larger can never come.
+    most = min((rows for _, rows in prompts if rows >= max_step_tokens), default=_PROMPT_ROWS[-1])
+    shapes = [StepShape(size) for size in _sizes(max_batch)]
+    return shapes + [StepShape(*each, _MIXED_CHUNKS) for each in prompts if each[1] <= most]
 
 
 def _sizes(max_batch: int) -> list[int]:
