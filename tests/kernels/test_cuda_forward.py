@@ -43,10 +43,10 @@ class Steps:
         plan = StepPlan.of(slices)
         shape = shape or plan.shape
         moved = [(part.came_from, part.slot) for part in slices if part.came_from >= 0]
-        if moved:
-            self.slots.move(*torch.tensor(moved).unbind(1))
-        places, numbers = self.slots.news(slices, BLOCK)
-        self.slots.write(*(torch.tensor(each, dtype=torch.int64) for each in (places, numbers)))
+        news = self.slots.news(slices, BLOCK, moved)
+        sent = np.empty(news.size, np.int64)
+        news.lay_out(sent)
+        self.slots.apply(news, torch.from_numpy(sent))
         laid = np.empty(shape.size, np.int64)
         plan.lay_out(shape, laid, nobody=self.slots.nobody)
         logits = self.forward(shape, torch.from_numpy(laid), padded=True).float()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from splitserve.engine.cuda.history import Histories
 from splitserve.engine.cuda.layout import Numbers
+from splitserve.engine.cuda.read_back import ReadBack, ReadBacks
 from splitserve.engine.cuda.slots import SlotTable
 from splitserve.engine.cuda.staging import Staging
 from splitserve.engine.protocol import Draw, DrawnToken, Logprob, Slice
@@ -47,20 +48,23 @@ class Drawn:
     """Implements `Launched`: tokens on their way to the host."""
 
     def __init__(
-        self, slices: Sequence[Slice], tokens: Tensor, logprobs: _Logprobs | None = None
+        self,
+        slices: Sequence[Slice],
+        numbers: ReadBack,
+        places: Sequence[int],
+        logprobs: _Logprobs | None = None,
     ) -> None:
-        """`tokens` are one for each draw, (draws,) int64, slice by slice."""
+        """`places` are where among the numbers each draw's token is, slice by slice."""
         self._counts = [len(part.draws) for part in slices]
         self._asked = [draw.params.logprobs for part in slices for draw in part.draws]
-        self._tokens = _to_host(tokens)
-        self._logprobs = logprobs.to_host() if logprobs else None
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied.record()
+        self._numbers = numbers
+        self._places = places
+        self._logprobs = logprobs
 
     def tokens(self) -> list[list[DrawnToken]]:
         """See `Launched`."""
-        self._copied.synchronize()
-        each = [DrawnToken(token) for token in self._tokens.tolist()]
+        numbers = self._numbers.numbers()
+        each = [DrawnToken(numbers[place]) for place in self._places]
         if self._logprobs:
             self._add_logprobs(each, self._logprobs)
         drawn = iter(each)
@@ -82,6 +86,7 @@ class Drawing:
         self._slots = slots
         self._staging = staging
         self._histories = Histories()
+        self._read_backs = ReadBacks()
 
     def warm_up(self, logits: Tensor) -> None:
         """Compile every kind of draw on one row of logits."""
@@ -109,22 +114,29 @@ class Drawing:
         draws = [draw for part in slices for draw in part.draws]
         slots = [part.slot for part in slices for _ in part.draws]
         if all(map(is_plain_greedy, draws)):
-            (of_slots,) = self._staging.send_lists(slots)
-            return Drawn(slices, self._slots.tokens[of_slots])
+            # All of them: to pick these costs a launch more.
+            return Drawn(slices, self._read_backs.begin(self._slots.tokens), slots)
         of_slots, of_rows = self._staging.send_lists(slots, [rows[slot] for slot in slots])
         newest = self._slots.fed[of_slots]
         tokens, asked = self._sample(draws, slots, logits[of_rows], newest)
         self._slots.tokens.index_copy_(0, of_slots, tokens)
-        return Drawn(slices, tokens, asked)
+        return self._drawn(slices, tokens, asked)
 
     def draw_rows(self, slices: Sequence[Slice], logits: Tensor) -> Drawn:
         """The same of a row of logits for each draw, with every earlier token known."""
         draws = [draw for part in slices for draw in part.draws]
         slots = [part.slot for part in slices for _ in part.draws]
         if all(map(is_plain_greedy, draws)):
-            return Drawn(slices, argmax_rows(logits))
+            return self._drawn(slices, argmax_rows(logits))
         newest = torch.full((len(draws),), -1, device=logits.device)
-        return Drawn(slices, *self._sample(draws, slots, logits, newest))
+        return self._drawn(slices, *self._sample(draws, slots, logits, newest))
+
+    def _drawn(
+        self, slices: Sequence[Slice], tokens: Tensor, logprobs: _Logprobs | None = None
+    ) -> Drawn:
+        """`tokens` are one for each draw, (draws,) int64, slice by slice."""
+        asked = logprobs.to_host() if logprobs else None
+        return Drawn(slices, self._read_backs.begin(tokens), range(len(tokens)), asked)
 
     def _sample(
         self, draws: Sequence[Draw], slots: Sequence[int], logits: Tensor, newest: Tensor

@@ -2,8 +2,8 @@
 
 A step's life:
 
-1. Its slices are laid out as numbers (`layout`) and sent in one copy, with the pages that the
-   device does not know yet (`slots`).
+1. Its slices are laid out as numbers (`layout`) and sent in one copy, with what the device does not
+   know yet of their pages (`slots`).
 2. It is launched: a recorded graph if one holds it (`graphs`), else kernel by kernel (`forward`).
    Either way the host goes on at once.
 3. The likeliest tokens are there with the logits; others are drawn on the device (`drawing`), and
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from splitserve.engine.cuda.drawing import Drawing, Drawn
 from splitserve.engine.cuda.forward import Forward
-from splitserve.engine.cuda.graphs import StepGraphs
+from splitserve.engine.cuda.graphs import NEWS_ROOM, StepGraphs
 from splitserve.engine.cuda.layers import LayerReports
-from splitserve.engine.cuda.layout import StepPlan, StepShape, placed_by_order
-from splitserve.engine.cuda.slots import SlotTable
+from splitserve.engine.cuda.layout import Numbers, StepPlan, StepShape, placed_by_order
+from splitserve.engine.cuda.slots import SlotNews, SlotTable
 from splitserve.engine.cuda.staging import Staging
 from splitserve.engine.device_pages import DevicePages
 from splitserve.engine.layer_groups import ends_group, reporting
@@ -98,6 +98,7 @@ class CudaEngine:
             for shape in shapes:
                 numbers = self._send(StepPlan([], []), shape)
                 logits = self._forward(shape, numbers, padded=True)
+            self._slots.warm_up()
             self._drawing.warm_up(logits[:1])
         self._stream.synchronize()
 
@@ -241,15 +242,22 @@ class CudaEngine:
             return plan, shape, self._forward(shape, self._send(plan, shape), layer_done)
 
     def _send(self, plan: StepPlan, shape: StepShape, out: Tensor | None = None) -> Tensor:
-        """The step's numbers on the device, after the tokens and pages that it needs there."""
+        """The step's numbers on the device, (shape.size,). What it needs of slots is there, too.
+
+        One copy brings both; `out` has room for as many news as `NEWS_ROOM`.
+        """
         moves = [(part.came_from, part.slot) for part in plan.decoding if part.came_from >= 0]
-        if moves:
-            self._slots.move(*self._staging.send_lists(*map(list, zip(*moves, strict=True))))
-            self._drawing.move(moves)
-        news = self._slots.news([*plan.decoding, *plan.chunks], self.spec.block_tokens)
-        if news[0]:
-            self._slots.write(*self._staging.send_lists(*news))
-        nobody = self._slots.nobody
-        return self._staging.send(
-            shape.size, lambda numbers: plan.lay_out(shape, numbers, nobody=nobody), out
-        )
+        self._drawing.move(moves)
+        slices = [*plan.decoding, *plan.chunks]
+        news = self._slots.news(slices, self.spec.block_tokens, moves)
+        if out is not None and news.size > NEWS_ROOM:
+            self._slots.apply(news, self._staging.send(news.size, news.lay_out))
+            news = SlotNews()
+
+        def fill(numbers: Numbers) -> None:
+            plan.lay_out(shape, numbers[: shape.size], nobody=self._slots.nobody)
+            news.lay_out(numbers[shape.size :])
+
+        sent = self._staging.send(shape.size + news.size, fill, out)
+        self._slots.apply(news, sent[shape.size :])
+        return sent[: shape.size]

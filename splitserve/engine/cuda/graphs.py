@@ -19,6 +19,9 @@ from splitserve.engine.cuda.layout import StepPlan, StepShape
 
 LayerDone = Callable[[int], None]
 
+NEWS_ROOM = 1024
+"""Numbers that have a place behind those of a recorded step, see `StepGraphs.numbers`."""
+
 _REPLAYS = 4
 
 
@@ -98,7 +101,9 @@ class StepGraphs:
         most = max((shape.slots + shape.chunks for shape in shapes), default=0)
         for shape in sorted(shapes, key=lambda each: each.total_rows, reverse=True):
             with torch.cuda.stream(self._stream):
-                numbers = numbers_of_nobody(shape, self._nobody).to(self._stream.device)
+                device = self._stream.device
+                numbers = torch.zeros(shape.size + NEWS_ROOM, dtype=torch.int64, device=device)
+                numbers[: shape.size] = numbers_of_nobody(shape, self._nobody)
                 # Kernels are compiled and libraries set up outside of the recording.
                 out = self._forward(shape, numbers, padded=shape.rows > 0)
                 if logits is None:
@@ -119,7 +124,9 @@ class StepGraphs:
         return next((each for each in self._shapes if each.holds(shape)), None)
 
     def numbers(self, shape: StepShape) -> Tensor:
-        """Where a recorded step reads its numbers, (shape.size,) int64."""
+        """Where a recorded step reads its numbers, (shape.size + NEWS_ROOM,) int64: behind them is
+        what comes in the same copy.
+        """
         return self._graphs[shape].numbers
 
     def replay(self, shape: StepShape, layer_done: LayerDone | None = None) -> Tensor:

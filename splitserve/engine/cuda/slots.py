@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from splitserve_kernels.slot_news import apply_slot_news
 from torch import Tensor
 
+from splitserve.engine.cuda.layout import Numbers
 from splitserve.engine.protocol import Slice
 
 _LINE_PAGES = 64
+
+
+@dataclass(frozen=True)
+class SlotNews:
+    """What of a step's sequences the device does not know yet."""
+
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    """Slots whose tokens move, and where to."""
+    places: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    """Places in the flattened table of pages, and the page numbers that are due there."""
+
+    @property
+    def size(self) -> int:
+        """Numbers in all."""
+        return 2 * len(self.before) + 2 * len(self.places)
+
+    def lay_out(self, out: Numbers) -> None:
+        """Fill `out`, (size,)."""
+        out[:] = [*self.before, *self.after, *self.places, *self.numbers]
 
 
 class SlotTable:
@@ -35,12 +59,16 @@ class SlotTable:
         """The slot that no sequence has. Its pages are all page 0 and nothing is read from them."""
         return self.num_slots
 
-    def news(self, slices: Sequence[Slice], block_tokens: int) -> tuple[list[int], list[int]]:
-        """Places in the flattened `pages` and the page numbers that are due there, and books them
-        as sent. Raises `ValueError` for a sequence that is longer than a row.
+    def news(
+        self, slices: Iterable[Slice], block_tokens: int, moves: Iterable[tuple[int, int]] = ()
+    ) -> SlotNews:
+        """What a step of these slices needs, booked as sent; `moves` are (before, after) slots.
+        Raises `ValueError` for a sequence that is longer than a row.
         """
-        places: list[int] = []
-        numbers: list[int] = []
+        news = SlotNews()
+        for before, after in moves:
+            news.before.append(before)
+            news.after.append(after)
         for part in slices:
             known, sent = self._sent[part.slot]
             needed = -(-(part.start + len(part.token_ids)) // block_tokens)
@@ -50,17 +78,19 @@ class SlotTable:
                 sent = 0
             if sent < needed:
                 first = part.slot * self._max_pages
-                places += range(first + sent, first + needed)
-                numbers += part.pages[sent:needed]
+                news.places.extend(range(first + sent, first + needed))
+                news.numbers.extend(part.pages[sent:needed])
             self._sent[part.slot] = (part.pages, max(sent, needed))
-        return places, numbers
+        return news
 
-    def move(self, before: Tensor, after: Tensor) -> None:
-        """Give slots `after` the tokens that slots `before` have; both int64 on the device. Their
-        pages are news.
-        """
-        self.tokens.index_copy_(0, after, self.tokens[before])
+    def apply(self, news: SlotNews, sent: Tensor) -> None:
+        """Put news in their places; `sent` is what they were laid out as, on the device."""
+        if news.size:
+            apply_slot_news(self.tokens, self.pages, sent, len(news.before), len(news.places))
 
-    def write(self, places: Tensor, numbers: Tensor) -> None:
-        """Put page numbers where they are due; both int64 on the device."""
-        self.pages.view(-1).index_copy_(0, places, numbers.to(torch.int32))
+    def warm_up(self) -> None:
+        """Compile what `apply` launches: pages of nobody and tokens stay as they are."""
+        places = [self.nobody * self._max_pages]
+        news = SlotNews([self.nobody], [self.nobody], places, [0])
+        sent = torch.tensor([self.nobody, self.nobody, *places, 0], device=self.tokens.device)
+        self.apply(news, sent)

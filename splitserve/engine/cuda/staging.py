@@ -29,7 +29,7 @@ class Staging:
         self._next = 0
 
     def send(self, size: int, fill: Callable[[Numbers], None], out: Tensor | None = None) -> Tensor:
-        """What `fill` writes into `size` numbers, on the device: in `out` if there is one."""
+        """What `fill` writes into `size` numbers, on the device: at the start of `out` if given."""
         turn = self._next
         self._next = (turn + 1) % _DEPTH
         self._copied[turn].synchronize()
@@ -39,6 +39,8 @@ class Staging:
         fill(source.numpy())
         if out is None:
             out = torch.empty(size, dtype=torch.int64, device=self._device)
+        elif out.numel() > size:
+            out = out[:size]
         out.copy_(source, non_blocking=True)
         self._copied[turn].record()
         return out

@@ -45,10 +45,10 @@ def test_only_launches_that_a_row_needs(
     """Greedy rows need none of them."""
     each = (GREEDY, SamplingParams(), params)
     slices = [Slice([7], 3, [0], [Draw(p, 0, 0, (), ())], i) for i, p in enumerate(each)]
-    draws = Drawing(frozenset(), SlotTable(4, 8, CPU), Memory())
     with (
         mock.patch.object(drawing, "sample", return_value=torch.zeros(3)) as sample,
-        mock.patch.multiple(drawing, Drawn=mock.DEFAULT, _logprobs_of=mock.DEFAULT),
+        mock.patch.multiple(drawing, ReadBacks=mock.DEFAULT, _logprobs_of=mock.DEFAULT),
     ):
+        draws = Drawing(frozenset(), SlotTable(4, 8, CPU), Memory())
         draws.draw_rows(slices, torch.zeros(3, 10))
     assert sample.call_args.kwargs == {"any_top_k_or_p": any_top_k_or_p, "any_min_p": any_min_p}

@@ -1,0 +1,45 @@
+"""Numbers on their way from the device to the host, behind what computes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ReadBack:
+    """One copy that was launched. Read it once: its memory is then another's."""
+
+    def __init__(self, memory: _Pinned, size: int, idle: list[_Pinned]) -> None:
+        self._memory = memory
+        self._size = size
+        self._idle = idle
+
+    def numbers(self) -> list[int]:
+        """Waits for the copy and for nothing else."""
+        self._memory.copied.synchronize()
+        numbers: list[int] = self._memory.host[: self._size].tolist()
+        self._idle.append(self._memory)
+        return numbers
+
+
+class ReadBacks:
+    """Begins copies on the current stream, through pinned memory that is used again."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Pinned] = []
+
+    def begin(self, numbers: Tensor) -> ReadBack:
+        """Of (size,) int64 on the device."""
+        size = len(numbers)
+        memory = self._idle.pop() if self._idle else _Pinned(size)
+        if len(memory.host) < size:
+            memory = _Pinned(size)
+        memory.host[:size].copy_(numbers, non_blocking=True)
+        memory.copied.record()
+        return ReadBack(memory, size, self._idle)
+
+
+class _Pinned:
+    def __init__(self, size: int) -> None:
+        self.host = torch.empty(size, dtype=torch.int64, pin_memory=True)
+        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
