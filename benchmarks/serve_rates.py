@@ -3,7 +3,8 @@
     python benchmarks/serve_rates.py --model benchmarks/models/llama-3.1-8b \
         --device cuda:0 cuda:1 --rates 8 16 24 30 34 --json out.json
 
-split: one prefill and one decode worker. monolith: two workers that compute prompts in chunks
+split: one prefill and one decode worker, which computes prompts itself when those of the other
+would wait for long. monolith: two workers that do all. Decode workers compute prompts in chunks
 beside their decode steps, `--chunk` tokens a step at most; give several to find the best. Workers
 take the devices in turn: `cuda:0 cuda:1` is a GPU each, `cuda` one for both.
 
@@ -43,7 +44,6 @@ def suite_config(options: argparse.Namespace, mode: str, chunk: int) -> SuiteCon
         worker += ("--gpu-memory-utilization", str(options.gpu_memory_utilization))
     worker += ("--skip-prefix-cache", *options.worker_flag)
     split = mode == "split"
-    step = ("--max-step-tokens", str(chunk)) if chunk else ()
     return SuiteConfig(
         model=str(options.model),
         load_format=options.load_format,
@@ -52,9 +52,12 @@ def suite_config(options: argparse.Namespace, mode: str, chunk: int) -> SuiteCon
         num_decode=1 if split else 2,
         log_level="warning",
         flags={
-            "router": ("--max-context-tokens", str(options.max_context_tokens)),
-            "prefill": worker,
-            "decode": (*worker, *step),
+            "router": (
+                *("--max-context-tokens", str(options.max_context_tokens)),
+                *options.router_flag,
+            ),
+            "prefill": (*worker, *options.prefill_flag),
+            "decode": (*worker, "--max-step-tokens", str(chunk)),
         },
     )
 
@@ -119,11 +122,13 @@ def main() -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--max-context-tokens", type=int, default=8192)
     parser.add_argument("--worker-flag", nargs="*", default=[], help="more flags of both tiers")
+    parser.add_argument("--prefill-flag", nargs="*", default=[], help="more of prefill workers")
+    parser.add_argument("--router-flag", nargs="*", default=[], help="more of the router")
     parser.add_argument("--workload", default="azure-conv")
     parser.add_argument(
         "--modes", nargs="+", choices=("split", "monolith"), default=["split", "monolith"]
     )
-    parser.add_argument("--chunk", type=int, nargs="+", default=[512], help="of the monolith")
+    parser.add_argument("--chunk", type=int, nargs="+", default=[512], help="see above")
     parser.add_argument("--rates", type=float, nargs="+", default=[8, 16, 24, 30, 34])
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--max-prompt-tokens", type=int)
@@ -136,7 +141,7 @@ def main() -> None:
     rows = []
     with StopSignals() as signals:
         for mode in options.modes:
-            for chunk in options.chunk if mode == "monolith" else [0]:
+            for chunk in options.chunk:
                 with LocalSuite(suite_config(options, mode, chunk), signals) as suite:
                     suite.start()
                     for rate in options.rates:
@@ -144,7 +149,7 @@ def main() -> None:
                         records = asyncio.run(measure(options, suite.target, rate, vocab))
                         row = rate_row(options, records)
                         rows.append({"mode": mode, "chunk": chunk, "rate": rate, **row})
-                        show(f"{mode} {chunk or ''}", rate, row)
+                        show(f"{mode} {chunk}", rate, row)
                         save(options, rows)
 
 

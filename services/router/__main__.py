@@ -142,6 +142,7 @@ def _assemble(
         stores,
         make_policy(config.policy),
         local_prefill_tokens=config.local_prefill_tokens,
+        max_prefill_wait_s=config.max_prefill_wait_ms / 1000,
         worker_wait_s=config.worker_wait_s,
     )
     dispatcher = Dispatcher(planner, links, tracing, max_attempts=config.max_attempts)

@@ -73,6 +73,12 @@ class RouterConfig(ServiceConfig):
     local_prefill_tokens: int = Field(
         32, ge=0, description="prompts with fewer uncached tokens are computed by decode workers"
     )
+    max_prefill_wait_ms: float = Field(
+        100.0,
+        ge=0,
+        description="prompts that would wait longer for a prefill worker are computed by decode "
+        "workers where that is sooner",
+    )
     default_deadline_s: float = Field(
         600.0, gt=0, description="seconds for a request that sets no deadline"
     )

@@ -129,7 +129,7 @@ class Dispatcher:
         self, plan: Plan, request: Request, name: str, stream: OutputStream, avoid: set[str]
     ) -> None:
         link = self._links.to(plan.decode)
-        session = DecodeSession(link, name, stream, plan.release_lease)
+        session = DecodeSession(link, name, stream, plan.joined)
         with self._tracing.tracer.start_as_current_span(names.SPAN_DECODE) as span:
             span.set_attribute(names.DECODE_WORKER, plan.decode.id)
             try:

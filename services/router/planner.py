@@ -29,42 +29,56 @@ class HandOver:
 
 
 class Plan:
-    """A request's workers. Counts on the decode worker until it is closed.
+    """A request's workers. Counts on the decode worker until it is closed, and so do the tokens
+    that this one computes of the prompt until that is done.
 
-    Without `hand_over` the decode worker computes the prompt itself. If the prefill worker is
-    lost the lease ends at once: the decode worker then stops to wait for blocks that nobody
-    writes any more and computes the rest.
+    Without `hand_over` the decode worker computes all of them. If the prefill worker is lost the
+    lease ends at once: the decode worker then stops to wait for blocks that nobody writes any
+    more and computes the rest.
     """
 
-    def __init__(self, decode: Worker, hand_over: HandOver | None = None) -> None:
+    def __init__(
+        self, decode: Worker, hand_over: HandOver | None = None, *, local_tokens: int = 0
+    ) -> None:
         self.decode = decode
         self.model_fingerprint = decode.model_fingerprint
         self.hand_over = hand_over
+        self._local_tokens = local_tokens
         self._open = True
         decode.own_requests += 1
+        decode.own_tokens += local_tokens
         if hand_over is not None:
-            hand_over.prefill.on_lost.add(self.release_lease)
+            hand_over.prefill.on_lost.add(self._release_lease)
 
-    def release_lease(self) -> None:
-        """The KV has arrived, or never will. Idempotent."""
-        if self.hand_over is not None:
-            self.hand_over.prefill.on_lost.discard(self.release_lease)
-            self.hand_over.lease.release()
+    def joined(self) -> None:
+        """The prompt's KV is in the decode worker's pool, or never will be. Idempotent."""
+        self._release_lease()
+        self.decode.own_tokens -= self._local_tokens
+        self._local_tokens = 0
 
     def close(self) -> None:
         """The request has left. Idempotent."""
-        self.release_lease()
+        self.joined()
         if self._open:
             self._open = False
             self.decode.own_requests -= 1
+
+    def _release_lease(self) -> None:
+        if self.hand_over is not None:
+            self.hand_over.prefill.on_lost.discard(self._release_lease)
+            self.hand_over.lease.release()
 
 
 class Planner:
     """Makes plans from what workers report and what the stores' directories know.
 
-    A prompt whose uncached part on the chosen decode worker is below `local_prefill_tokens`, and
-    any prompt while the prefill tier or the store is out of service, is computed there. A tier
-    that is there but overloaded is not bypassed: that would only overload the next one.
+    A decode worker computes a prompt itself if
+
+    - fewer than `local_prefill_tokens` of it are not cached there,
+    - the prefill tier or the store is out of service, or
+    - the prefill worker would begin with it after more than `max_prefill_wait_s`, and the decode
+      worker is expected to have it done sooner: beside those that it decodes for, in steps that
+      its own limit keeps short. So an overload of one tier is shared, not passed on.
     """
 
     def __init__(
@@ -75,6 +89,7 @@ class Planner:
         policy: Policy,
         *,
         local_prefill_tokens: int,
+        max_prefill_wait_s: float,
         worker_wait_s: float,
     ) -> None:
         self._prefill = prefill
@@ -82,6 +97,7 @@ class Planner:
         self._stores = stores
         self._policy = policy
         self._local_prefill_tokens = local_prefill_tokens
+        self._max_prefill_wait_s = max_prefill_wait_s
         self._worker_wait_s = worker_wait_s
 
     async def plan(
@@ -89,19 +105,18 @@ class Planner:
     ) -> Plan:
         """The way of a new request. Workers at addresses in `avoid` are taken only if need be.
 
-        With `even_if_short` it goes through the prefill tier whatever the prompt's length, if
-        that tier is in service. Raises NoWorker.
+        With `even_if_short` it goes through the prefill tier whatever the prompt's length and that
+        tier's load, if it is in service. Raises NoWorker.
         """
         decoders = await self._decoders(request)
         decoders = _without(decoders, avoid) or decoders
         ready = self._prefill.ready()
         prefillers = _without(ready, avoid) or ready
-        least = 0 if even_if_short else self._local_prefill_tokens
-        if len(request.prompt) >= least:
-            plan = await self._split(request, prefillers, decoders, least)
+        if even_if_short or len(request.prompt) >= self._local_prefill_tokens:
+            plan = await self._split(request, prefillers, decoders, always=even_if_short)
             if plan is not None:
                 return plan
-        return Plan(self._least_loaded(decoders, request))
+        return self._local(decoders, request)
 
     async def plan_resume(
         self, request: Request, model_fingerprint: bytes, avoid: Collection[str] = ()
@@ -114,7 +129,7 @@ class Planner:
         decoders = await self._decoders(
             request, lambda worker: worker.model_fingerprint == model_fingerprint
         )
-        return Plan(self._least_loaded(_without(decoders, avoid) or decoders, request))
+        return self._local(_without(decoders, avoid) or decoders, request)
 
     async def _decoders(
         self, request: Request, fits: Callable[[Worker], bool] = lambda worker: True
@@ -128,11 +143,11 @@ class Planner:
         return ready
 
     async def _split(
-        self, request: Request, prefillers: list[Worker], decoders: list[Worker], least: int
+        self, request: Request, prefillers: list[Worker], decoders: list[Worker], *, always: bool
     ) -> Plan | None:
         """A way with a hand-over, over another store if one grants no lease; None without any.
 
-        Plans a local way if fewer than `least` tokens are not cached on the decode worker.
+        Unless it is to be taken `always`, the local way is planned where that is better.
         """
         while prefillers:
             likely = min(prefillers, key=lambda w: (w.queued_tokens, w.own_requests))
@@ -141,19 +156,21 @@ class Planner:
                 prefillers = [worker for worker in prefillers if worker not in writers]
                 continue
             decode, prefill, lease = await self._choose(request, likely, writers, readers)
-            if len(request.prompt) - decode.cached_tokens < least:
+            uncached = len(request.prompt) - decode.cached_tokens
+            if not always and self._is_better_local(uncached, decode.worker, prefill):
                 _release(lease)
-                return Plan(decode.worker)
-            lease = await self._moved(lease, prefill)
+                return Plan(decode.worker, local_tokens=uncached)
+            writer = prefill.worker
+            lease = await self._moved(lease, writer)
             if lease is not None:
-                return Plan(decode.worker, HandOver(prefill, lease))
-            failed = prefill.store_address
-            prefillers = [w for w in prefillers if w is not prefill and w.store_address != failed]
+                return Plan(decode.worker, HandOver(writer, lease))
+            failed = writer.store_address
+            prefillers = [w for w in prefillers if w is not writer and w.store_address != failed]
         return None
 
     async def _choose(
         self, request: Request, likely: Worker, writers: list[Worker], readers: list[Worker]
-    ) -> tuple[Candidate, Worker, HeldLease | None]:
+    ) -> tuple[Candidate, Candidate, HeldLease | None]:
         """The decode worker, the prefill worker, and a lease of the likely one's store."""
         # The lease is asked for while the directory is: most often it is of the right store.
         granting = asyncio.create_task(self._grant(likely))
@@ -170,7 +187,7 @@ class Planner:
         prefill = self._policy.choose_prefill(
             [Candidate(w, _best_prefix(w, cached)) for w in writers], num_tokens
         )
-        return decode, prefill.worker, lease
+        return decode, prefill, lease
 
     async def _moved(self, lease: HeldLease | None, prefill: Worker) -> HeldLease | None:
         """A lease of the store that the prefill worker writes to, in place of another's."""
@@ -206,9 +223,22 @@ class Planner:
         most = len(request.prompt)
         return {holder: min(n * layout.block_tokens, most) for holder, n in blocks.items()}
 
-    def _least_loaded(self, decoders: Sequence[Worker], request: Request) -> Worker:
+    def _is_better_local(self, uncached: int, decode: Worker, prefill: Candidate) -> bool:
+        """Whether the decode worker should compute what it lacks of the prompt itself."""
+        if uncached < self._local_prefill_tokens:
+            return True
+        wait_s = prefill.worker.seconds_for(0)
+        there_s = prefill.worker.seconds_for(uncached)
+        if wait_s is None or there_s is None or wait_s <= self._max_prefill_wait_s:
+            return False
+        here_s = decode.seconds_for(uncached)
+        # One that has yet to compute a prompt is tried with one.
+        return here_s < there_s if here_s is not None else decode.queued_tokens == 0
+
+    def _local(self, decoders: Sequence[Worker], request: Request) -> Plan:
         candidates = [Candidate(worker) for worker in decoders]
-        return self._policy.choose_decode(candidates, len(request.prompt)).worker
+        decode = self._policy.choose_decode(candidates, len(request.prompt)).worker
+        return Plan(decode, local_tokens=len(request.prompt))
 
 
 def _release(lease: HeldLease | None) -> None:

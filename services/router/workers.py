@@ -32,9 +32,10 @@ OpenChannel = Callable[[str], grpc.aio.Channel]
 class Worker:
     """One worker and what this router has given it.
 
-    `own_requests` and `own_tokens` count this router's requests and prompt tokens that the worker
-    has now. They are exact and immediate where the worker's report is of a moment ago. What is in
-    `on_lost` is called when this run of the worker's process is gone; it must not wait.
+    `own_requests` and `own_tokens` count this router's requests that the worker has now, and prompt
+    tokens that it is to compute. They are exact and immediate where the worker's report is of a
+    moment ago. What is in `on_lost` is called when this run of the worker's process is gone; it
+    must not wait.
     """
 
     def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
@@ -66,6 +67,13 @@ class Worker:
         """Prompt tokens that wait there, as reported or as given, whichever is more."""
         reported = self.state.queued_tokens if self.state is not None else 0
         return max(reported, self.own_tokens)
+
+    def seconds_for(self, num_tokens: int) -> float | None:
+        """Until so many prompt tokens more are computed after those that wait, at its last rate;
+        None for one that has yet to compute a prompt.
+        """
+        rate = self.state.prefill_tokens_per_s if self.state is not None else 0.0
+        return (self.queued_tokens + num_tokens) / rate if rate > 0 else None
 
     @property
     def num_requests(self) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from splitserve.engine.flights import Flight, Flights, slice_of, whole_blocks
+from splitserve.engine.prefill_rate import PrefillRate
 from splitserve.engine.protocol import DrawnToken, Engine
 from splitserve.engine.scheduler import Chunk, Scheduler
 from splitserve.engine.sequence import Sequence, SequenceOutput, State, StepListener
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 PagesListener = Callable[[list[bytes], list[bytes]], None]
 """Called on the engine's thread as `listener(added_keys, removed_keys)`. Must not wait."""
 
-_RATE_SMOOTHING = 0.2
 _PAUSE_AFTER_FAULT_S = 0.1
 
 
@@ -89,7 +89,7 @@ class EngineCore:
         self._thread: threading.Thread | None = None
         self._steps = 0
         self._failed_steps = 0
-        self._prefill_rate = 0.0
+        self._prefilled = PrefillRate()
         self._step_began = 0.0
         self._queued_tokens = 0
 
@@ -178,7 +178,7 @@ class EngineCore:
             steps=self._steps,
             failed_steps=self._failed_steps,
             num_preemptions=scheduler.num_preemptions,
-            prefill_tokens_per_s=self._prefill_rate,
+            prefill_tokens_per_s=self._prefilled.per_s,
             stuck_s=time.monotonic() - began if began else 0.0,
         )
 
@@ -346,7 +346,4 @@ class EngineCore:
     def _measure(self, flight: Flight) -> None:
         """A step on a device begins when the one before has ended."""
         seconds = time.monotonic() - max(flight.began_s, self._landed_at)
-        tokens = sum(c.count for c in flight.chunks if c.count > 1)
-        if tokens and seconds > 0:
-            rate, old = tokens / seconds, self._prefill_rate
-            self._prefill_rate = rate if not old else old + _RATE_SMOOTHING * (rate - old)
+        self._prefilled.add(sum(c.count for c in flight.chunks if c.count > 1), seconds)

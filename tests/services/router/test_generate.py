@@ -133,6 +133,54 @@ async def test_prompt_cached_on_the_decode_worker_is_not_prefilled(
     await suite.assert_nothing_left()
 
 
+@pytest.mark.parametrize(
+    ("waiting", "prefill_rate", "decode_rate", "decode_waiting", "is_local"),
+    [
+        (500, 1000.0, 100.0, 0, True),  # there in 508 ms, here in 80
+        (500, 1000.0, 0.0, 0, True),  # nobody knows how fast it is here: it is tried
+        (500, 1000.0, 0.0, 9, False),  # until one is
+        (500, 1000.0, 100.0, 60, False),  # here in 680 ms
+        (90, 1000.0, 1000.0, 0, False),  # the prefill worker begins in 90 ms
+        (500, 0.0, 1000.0, 0, False),  # nobody knows when it begins
+    ],
+)
+async def test_an_overload_of_the_prefill_tier_is_shared(
+    start_suite: Any,
+    waiting: int,
+    prefill_rate: float,
+    decode_rate: float,
+    decode_waiting: int,
+    is_local: bool,
+) -> None:
+    suite = await start_suite()
+    prefill, decode = suite.states[suite.prefill.address], suite.states[suite.decode.address]
+    prefill.state.queued_tokens, prefill.state.prefill_tokens_per_s = waiting, prefill_rate
+    decode.state.queued_tokens, decode.state.prefill_tokens_per_s = decode_waiting, decode_rate
+    for pool, state in zip(suite.router.pools, (prefill, decode), strict=True):
+        await suite.until(
+            lambda pool=pool, state=state: [w.state for w in pool.known()] == [state.state]
+        )
+    await suite.generate(max_tokens=3)
+    assert (suite.prefill.requests == []) == is_local
+    assert suite.decode.submits[0].HasField("lease") != is_local
+    await suite.assert_nothing_left()
+
+
+async def test_tokens_count_on_the_worker_until_they_are_computed(start_suite: Any) -> None:
+    suite = await start_suite(flags=["--local-prefill-tokens=9"])
+    (worker,) = suite.router.pools[1].known()
+    suite.decode.hold_at = 0
+    call = asyncio.ensure_future(suite.generate(max_tokens=3))
+    await suite.until(lambda: worker.own_tokens == len(PROMPT))
+    suite.decode.hold_at = 1
+    suite.decode.wake.set()
+    await suite.until(lambda: worker.own_tokens == 0)
+    assert not call.done()
+    suite.decode.release()
+    await call
+    await suite.assert_nothing_left()
+
+
 async def test_prefill_goes_where_the_prefix_is(start_suite: Any) -> None:
     suite = await start_suite(prefills=3)
     suite.store.holders = {"prefill-2": 2, "prefill-0": 1}
