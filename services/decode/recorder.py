@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import grpc
 from opentelemetry.trace import Status, StatusCode
 
-from services.decode.request import LiveRequest
+from services.decode.request import LiveChoice, LiveRequest
 from splitserve.engine.sequence import SequenceOutput
 from splitserve.obs import names
 from splitserve.obs.metrics import Metrics
@@ -23,23 +24,35 @@ class Recorder:
         self._tracing = tracing
         self._metrics = metrics
         self._worker_id = worker_id
+        self._counted_ns = 0
+        self._gaps: Counter[int] = Counter()
+        self._num_tokens = 0
 
-    def output(self, request: LiveRequest, choice: int, output: SequenceOutput) -> None:
-        """Book one step's news of one choice."""
-        now = time.time_ns()
-        sequence = output.sequence
-        request.scheduled_ns = request.scheduled_ns or sequence.scheduled_ns
-        request.num_preemptions += sequence.num_preemptions if output.finish_reason else 0
+    def output(self, choice: LiveChoice, ended_ns: int, output: SequenceOutput) -> None:
+        """Book one choice's news of the step that was over at `ended_ns`."""
+        request, sequence = choice.request, output.sequence
         if output.tokens:
-            request.first_token_ns = request.first_token_ns or now
-            previous = request.last_token_ns.get(choice)
-            if previous:
-                self._metrics.inter_token_latency_seconds.observe((now - previous) / _NS)
-            request.last_token_ns[choice] = now
+            if ended_ns != self._counted_ns:
+                self._count()
+                self._counted_ns = ended_ns
+            if choice.last_token_ns:
+                self._gaps[ended_ns - choice.last_token_ns] += 1
+            choice.last_token_ns = ended_ns
+            request.first_token_ns = request.first_token_ns or ended_ns
             request.num_tokens += len(output.tokens)
-            self._metrics.generation_tokens.inc(len(output.tokens))
+            self._num_tokens += len(output.tokens)
+        request.scheduled_ns = request.scheduled_ns or sequence.scheduled_ns
         if output.finish_reason:
+            request.num_preemptions += sequence.num_preemptions
             self._metrics.request_succeeded(output.finish_reason.value)
+
+    def _count(self) -> None:
+        """Add the step's tokens to the metrics. Most of them come as long after the one before."""
+        for gap_ns, count in self._gaps.items():
+            self._metrics.inter_token_latency_seconds.observe_many(gap_ns / _NS, count)
+        self._metrics.generation_tokens.inc(self._num_tokens)
+        self._gaps.clear()
+        self._num_tokens = 0
 
     def refused(self, code: grpc.StatusCode) -> None:
         """Book a request that was not taken on."""
@@ -47,6 +60,7 @@ class Recorder:
 
     def ended(self, request: LiveRequest, code: grpc.StatusCode) -> None:
         """Record the request's spans. `code` is OK, CANCELLED, or what it failed with."""
+        self._count()
         end = time.time_ns()
         status = None if code is grpc.StatusCode.OK else Status(StatusCode.ERROR, code.name)
         if code is not grpc.StatusCode.OK:

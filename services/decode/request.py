@@ -11,19 +11,31 @@ from splitserve.engine.sequence import Sequence
 from splitserve.worker.block_loader import BlockLoader
 
 
+@dataclass(eq=False, slots=True)
+class LiveChoice:
+    """One choice of a request. `stream` is the router's number for it, 0 if it has given none.
+    `last_token_ns` is 0 before its first news.
+    """
+
+    request: LiveRequest
+    index: int
+    stream: int
+    sequence: Sequence
+    last_token_ns: int = 0
+
+
 @dataclass(eq=False)
 class LiveRequest:
     """A request from its Submit to the end of its last choice. Times are Unix nanoseconds."""
 
     submission: Submission
     loader: BlockLoader | None
-    choices: dict[int, Sequence] = field(default_factory=dict)
+    choices: dict[int, LiveChoice] = field(default_factory=dict)
     started: bool = False
     deadline: asyncio.TimerHandle | None = None
     received_ns: int = field(default_factory=time.time_ns)
     scheduled_ns: int = 0
     first_token_ns: int = 0
-    last_token_ns: dict[int, int] = field(default_factory=dict)
     num_tokens: int = 0
     num_cached: int = 0
     num_preemptions: int = 0

@@ -23,9 +23,9 @@ from itertools import count
 
 import grpc
 
-from services.decode.outbox import Outbox
+from services.decode.outbox import Outbox, StreamToken
 from services.decode.recorder import Recorder
-from services.decode.request import LiveRequest
+from services.decode.request import LiveChoice, LiveRequest
 from services.decode.submission import Submission, parse
 from splitserve import wire
 from splitserve.engine.core import EngineCore
@@ -41,7 +41,7 @@ from splitserve.kv.receipt import KvReceipt
 from splitserve.sampling import SamplingLimits
 from splitserve.v1 import decode_pb2
 from splitserve.worker.block_loader import BlockLoader
-from splitserve.worker.relay import OutputRelay
+from splitserve.worker.relay import OutputRelay, Step
 
 _log = logging.getLogger(__name__)
 
@@ -169,13 +169,15 @@ class Session:
             source=request.loader,
             await_first_token=submission.awaits_first_tokens,
         )
-        self._bench.relay.subscribe(sequence_id, partial(self._on_output, request, choice))
+        stream = submission.first_stream and submission.first_stream + choice
+        live = LiveChoice(request, choice, stream, sequence)
+        self._bench.relay.subscribe(sequence_id, partial(self._on_output, live))
         try:
             self._bench.core.submit(sequence)
         except Exception:
             self._bench.relay.unsubscribe(sequence_id)
             raise
-        request.choices[choice] = sequence
+        request.choices[choice] = live
 
     def _start(self, message: decode_pb2.Start) -> None:
         request = self._live.get(message.request_id)
@@ -190,8 +192,8 @@ class Session:
         request.started = True
         if request.loader:
             request.loader.prefill_done(_receipt_of(message))
-        for choice, sequence in list(request.choices.items()):
-            self._start_choice(request, choice, sequence, message.first_token_ids[choice])
+        for choice in list(request.choices.values()):
+            self._start_choice(choice, message.first_token_ids[choice.index])
         self._forget_if_ended(request)
 
     def _fault_of(self, request: LiveRequest, message: decode_pb2.Start) -> str | None:
@@ -204,19 +206,18 @@ class Session:
             return f"a first token is not below the vocabulary {self._bench.limits.vocab_size}"
         return None
 
-    def _start_choice(
-        self, request: LiveRequest, choice: int, sequence: Sequence, token_id: int
-    ) -> None:
+    def _start_choice(self, choice: LiveChoice, token_id: int) -> None:
+        request, sequence = choice.request, choice.sequence
         reason = sequence.params.finish_after(token_id, 1, self._bench.eos_token_ids)
         if reason is None:
             self._bench.core.first_token(sequence.id, token_id)
             return
-        self._drop(request, [choice])
+        self._drop(request, [choice.index])
         self._put(
             0,
             decode_pb2.SequenceDelta(
                 request_id=request.request_id,
-                choice=choice,
+                choice=choice.index,
                 first_token_index=1,
                 finish_reason=wire.finish_reason_to_proto(reason),
             ),
@@ -237,26 +238,36 @@ class Session:
 
     # -- news ----------------------------------------------------------------------------------
 
-    def _on_output(
-        self, request: LiveRequest, choice: int, step: int, output: SequenceOutput
-    ) -> None:
+    def _on_output(self, choice: LiveChoice, step: Step, output: SequenceOutput) -> None:
+        is_first = not choice.last_token_ns
+        self._bench.recorder.output(choice, step.ended_ns, output)
+        if choice.stream and output.is_plain and not is_first:
+            self._put_token(choice, step.number, output)
+            return
+        request = choice.request
         delta = decode_pb2.SequenceDelta(
             request_id=request.request_id,
-            choice=choice,
+            choice=choice.index,
             first_token_index=output.first_token_index,
             tokens=wire.tokens_to_proto(output.tokens),
             finish_reason=wire.finish_reason_to_proto(output.finish_reason),
         )
-        if choice not in request.last_token_ns:
+        if is_first:
             delta.cached_tokens = request.num_cached = output.sequence.num_cached
         if output.error:
             delta.error.CopyFrom(wire.error_to_proto(output.error))
-        self._bench.recorder.output(request, choice, output)
-        self._put(step, delta)
+        self._put(step.number, delta)
         if output.error or output.finish_reason:
-            self._drop(request, [choice])
+            self._drop(request, [choice.index])
             code = output.error.code if output.error else grpc.StatusCode.OK
             self._forget_if_ended(request, code)
+
+    def _put_token(self, choice: LiveChoice, step: int, output: SequenceOutput) -> None:
+        """In short: this is what most steps have to tell of most choices."""
+        token = StreamToken(choice.stream, output.first_token_index, output.tokens[0].token_id)
+        self._outbox.put_token(step, choice.request.request_id, choice.index, token)
+        if self._outbox.overfull:
+            self.fell_behind.set()
 
     def _put(self, step: int, delta: decode_pb2.SequenceDelta) -> None:
         self._outbox.put(step, delta)
@@ -287,7 +298,7 @@ class Session:
     def _drop(self, request: LiveRequest, choices: list[int]) -> None:
         """Free all that the choices hold. Harmless for one that has ended by itself."""
         for choice in choices:
-            sequence = request.choices.pop(choice)
+            sequence = request.choices.pop(choice).sequence
             self._bench.relay.unsubscribe(sequence.id)
             self._bench.core.abort(sequence.id)
             request.scheduled_ns = request.scheduled_ns or sequence.scheduled_ns

@@ -20,6 +20,7 @@ class Submission:
 
     `outputs` has the output so far of each choice that is to be computed. `deadline_s` is seconds
     from now, None for no deadline.
+    `first_stream` is the router's number for choice 0, and the next ones for the others; 0: none.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Submission:
     outputs: dict[int, list[int]]
     parent: Context
     deadline_s: float | None
+    first_stream: int = 0
 
     @property
     def awaits_first_tokens(self) -> bool:
@@ -62,6 +64,7 @@ def parse(
         outputs=_outputs(message, params, limits),
         parent=tracing.extract(message.trace_context),
         deadline_s=message.timeout_ms / 1000 if message.timeout_ms else None,
+        first_stream=message.first_stream,
     )
 
 

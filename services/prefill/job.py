@@ -14,7 +14,7 @@ from splitserve.engine.sequence import Sequence, SequenceOutput
 from splitserve.errors import DeadlineExceeded
 from splitserve.kv.receipt import KvReceipt
 from splitserve.worker.block_loader import BlockLoader
-from splitserve.worker.relay import OutputRelay
+from splitserve.worker.relay import OutputRelay, Step
 
 RECEIPT_WITHIN_S = 0.01
 """So long the first tokens may wait for the digests of the last blocks. Then they go without a
@@ -90,7 +90,7 @@ class Job:
             self._core.release(self.sequence.id)
             self._record()
 
-    def _on_output(self, _: int, output: SequenceOutput) -> None:
+    def _on_output(self, _: Step, output: SequenceOutput) -> None:
         if self._hand_over and output.prefill_done:
             self._hand_over.complete()
         if not self._done.done():

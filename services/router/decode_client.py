@@ -31,6 +31,10 @@ class Session(Protocol):
         """News of one choice."""
         ...
 
+    def on_token(self, choice: int, token_index: int, token_id: int) -> None:
+        """One more token of a choice that goes on."""
+        ...
+
     def on_lost(self, error: SplitserveError) -> None:
         """The stream broke: nothing more will come."""
         ...
@@ -43,6 +47,10 @@ class DecodeLink:
         self.worker = worker
         self.broken = False
         self._sessions: dict[str, Session] = {}
+        # Of each number that the worker may use for a choice: whose it is, and which.
+        self._streams: dict[int, tuple[Session, int]] = {}
+        self._stream_numbers: dict[str, range] = {}
+        self._next_stream = 1
         self._commands: deque[decode_pb2.AttachRequest] = deque()
         self._wake_writer = asyncio.Event()
         stub = decode_pb2_grpc.DecodeServiceStub(worker.channel)  # type: ignore[no-untyped-call]
@@ -61,7 +69,13 @@ class DecodeLink:
         """Hand a request over. Its news come to `session` from now on. Raises WorkerLost."""
         if self.broken:
             raise WorkerLost(f"decode worker {self.worker.address} is not connected")
-        self._sessions[submit.request_id] = session
+        name = submit.request_id
+        numbers = range(self._next_stream, self._next_stream + submit.sampling.n)
+        self._next_stream = numbers.stop
+        submit.first_stream = numbers.start
+        self._sessions[name] = session
+        self._stream_numbers[name] = numbers
+        self._streams.update((number, (session, i)) for i, number in enumerate(numbers))
         self._send(decode_pb2.AttachRequest(submit=submit))
 
     def start(
@@ -84,6 +98,8 @@ class DecodeLink:
 
     def leave(self, request_id: str, *, finished: bool) -> None:
         """Forget a request; one that has not finished there is cancelled there. Idempotent."""
+        for number in self._stream_numbers.pop(request_id, ()):
+            self._streams.pop(number, None)
         if self._sessions.pop(request_id, None) is not None and not finished:
             cancel = decode_pb2.Cancel(request_id=request_id)
             self._send(decode_pb2.AttachRequest(cancel=cancel))
@@ -128,6 +144,14 @@ class DecodeLink:
             session = sessions.get(delta.request_id)
             if session is not None:
                 session.on_delta(delta)
+        news = response.tokens
+        for number, index, token in zip(
+            news.streams, news.token_indexes, news.token_ids, strict=True
+        ):
+            of_choice = self._streams.get(number)
+            if of_choice is not None:
+                session, choice = of_choice
+                session.on_token(choice, index, token)
 
     def _break(self, reason: str) -> None:
         if self.broken:
@@ -137,6 +161,8 @@ class DecodeLink:
         self._tasks[0].cancel()
         self._commands.clear()
         sessions, self._sessions = self._sessions, {}
+        self._streams.clear()
+        self._stream_numbers.clear()
         if sessions:
             _log.warning(
                 "decode worker %s is lost with %d requests: %s",

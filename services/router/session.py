@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from services.router.decode_client import DecodeLink
 from services.router.stream import OutputStream
 from splitserve import wire
 from splitserve.errors import SplitserveError
-from splitserve.v1 import decode_pb2
+from splitserve.sampling import FinishReason
+from splitserve.v1 import common_pb2, decode_pb2
+
+_TOKEN_BYTES = 8
+"""About what a token takes in a message."""
 
 
 class DecodeSession:
@@ -54,17 +58,31 @@ class DecodeSession:
             self._there.discard(delta.choice)
         if delta.cached_tokens and delta.choice == 0:
             self._stream.record.found_on_decode(delta.cached_tokens)
+        self._push(delta.choice, delta.first_token_index, delta.tokens, reason, delta.ByteSize())
+
+    def on_token(self, choice: int, token_index: int, token_id: int) -> None:
+        """Pass one more token of a choice that goes on."""
+        if not self.done.done():
+            token = common_pb2.Token(id=token_id)
+            self._push(choice, token_index, (token,), None, _TOKEN_BYTES)
+
+    def _push(
+        self,
+        choice: int,
+        first_token_index: int,
+        tokens: Sequence[common_pb2.Token],
+        reason: FinishReason | None,
+        size_bytes: int,
+    ) -> None:
         try:
-            ended_here = self._stream.push(
-                delta.choice, delta.first_token_index, delta.tokens, reason, delta.ByteSize()
-            )
+            ended_here = self._stream.push(choice, first_token_index, tokens, reason, size_bytes)
         except SplitserveError as error:
             self.fail(error)
             return
         if ended_here:
-            self.cancel_choice(delta.choice)
+            self.cancel_choice(choice)
         if self._absent:
-            self._absent.discard(delta.choice)
+            self._absent.discard(choice)
             if not self._absent:
                 self._on_joined()
         self.settle()

@@ -193,12 +193,12 @@ class EngineCore:
         landing = bool(self._flights)
         self._read_inbox()
         self._scheduler.admit()
-        self._queued_tokens = self._scheduler.queued_tokens
         if self._scheduler.may_preempt:
             self._land(0)
         chunks = self._scheduler.plan()
         if chunks:
             self._take_off(chunks)
+        self._queued_tokens = self._scheduler.queued_tokens
         self._land(self._flights.most_ahead if chunks else 0)
         self._publish()
         return bool(chunks) or landing
@@ -272,7 +272,6 @@ class EngineCore:
         self._step_began = self._landed_at if self._flights else 0.0
         self._steps += 1
         self._emit(outputs)
-        self._queued_tokens = self._scheduler.queued_tokens
 
     def _fail(self, chunks: list[Chunk]) -> list[SequenceOutput]:
         self._failed_steps += 1
@@ -346,4 +345,4 @@ class EngineCore:
     def _measure(self, flight: Flight) -> None:
         """A step on a device begins when the one before has ended."""
         seconds = time.monotonic() - max(flight.began_s, self._landed_at)
-        self._prefilled.add(sum(c.count for c in flight.chunks if c.count > 1), seconds)
+        self._prefilled.add(sum(chunk.size for chunk in flight.chunks if chunk.size > 1), seconds)

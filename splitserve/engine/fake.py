@@ -126,9 +126,9 @@ class FakeEngine:
 def next_token(total: int, draw: Draw, vocab_size: int) -> int:
     """The token after a context whose weighted sum is `total`."""
     if not draw.params.greedy:
-        total += draw.seed + 7 * draw.choice + 3 * draw.index
+        total += draw.seed + 7 * draw.choice + 3 * draw.output_index
     token = total % vocab_size
-    if draw.index < draw.params.min_tokens and token == 0:
+    if draw.output_index < draw.params.min_tokens and token == 0:
         return 1
     return token
 

@@ -28,6 +28,9 @@ class Flight:
     launched: Launched
 
 
+_DRAWN = (DRAWN,)
+
+
 class Flights:
     """At most `most_ahead` steps stay unread while the host goes on: none on an engine that
     computes while it is called.
@@ -70,22 +73,21 @@ class _Computed:
 def slice_of(chunk: Chunk) -> Slice:
     """What an engine computes of a chunk that is about to be launched."""
     sequence = chunk.sequence
-    draws: list[Draw] = []
+    draws: tuple[Draw, ...] = ()
     if chunk.is_last:
-        choices = range(sequence.prefill_choices) or (sequence.choice,)
-        draws = [
-            Draw(
-                sequence.params,
-                sequence.seed,
-                choice,
-                sequence.prompt,
-                sequence.output,
-                sequence.num_pending,
-            )
-            for choice in choices
-        ]
+        draw = Draw(
+            sequence.params,
+            sequence.seed,
+            sequence.choice,
+            sequence.prompt,
+            sequence.output,
+            sequence.num_pending,
+        )
+        draws = (draw,)
+        if sequence.prefill_choices:
+            draws = tuple(draw._replace(choice=i) for i in range(sequence.prefill_choices))
     # The one token that may not be known is the one that the step before draws.
-    tokens = sequence.tokens(chunk.start, chunk.end) or [DRAWN]
+    tokens = _DRAWN if sequence.num_pending else sequence.tokens(chunk.start, chunk.end)
     return Slice(tokens, chunk.start, sequence.pages, draws, sequence.slot, sequence.came_from)
 
 

@@ -4,13 +4,15 @@ An engine owns the weights and one pool of KV pages, and runs one forward pass a
 slices of sequences. It knows nothing of requests, leases or gRPC; the scheduler knows nothing of
 tensors. `TorchEngine` computes a model; `FakeEngine` does arithmetic that a reader can check by
 hand, so that every service can be tested for exact tokens without a model.
+
+What there is of each sequence in each step is a tuple: made in a third of the time of a dataclass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from splitserve.sampling import SamplingParams
 
@@ -40,16 +42,14 @@ class EngineSpec:
         return self.block_bytes // self.num_layers
 
 
-@dataclass(frozen=True)
-class Logprob:
+class Logprob(NamedTuple):
     """A token and the natural logarithm of its probability under the raw distribution."""
 
     token_id: int
     logprob: float
 
 
-@dataclass(frozen=True)
-class DrawnToken:
+class DrawnToken(NamedTuple):
     """One drawn token. `logprob` and `top` are set if log-probabilities were asked for."""
 
     token_id: int
@@ -57,8 +57,7 @@ class DrawnToken:
     top: tuple[Logprob, ...] = ()
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """One token to draw from a row of logits.
 
     The draw depends on nothing but the logits, the parameters, the seed, the choice and the
@@ -74,7 +73,7 @@ class Draw:
     num_pending: int = 0
 
     @property
-    def index(self) -> int:
+    def output_index(self) -> int:
         """How many tokens of output are before this one."""
         return len(self.output) + self.num_pending
 
@@ -83,8 +82,7 @@ DRAWN = -1
 """In `Slice.token_ids`: the token that the slot drew in the step before."""
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """The part of one sequence that is computed in one step.
 
     Computes the KV of `token_ids` at positions [start, start + len(token_ids)), attending to

@@ -70,14 +70,14 @@ def is_plain_greedy(draw: Draw) -> bool:
         params.greedy
         and params.logprobs is None
         and not params.has_penalties
-        and draw.index >= params.min_tokens
+        and draw.output_index >= params.min_tokens
     )
 
 
 def forbidden(draw: Draw, eos_token_ids: frozenset[int]) -> list[int]:
     """What would end an output that is too short, each token once."""
     params = draw.params
-    if draw.index >= params.min_tokens:
+    if draw.output_index >= params.min_tokens:
         return []
     return sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
 
@@ -109,7 +109,7 @@ def _pick(row: Tensor, draw: Draw) -> int:
     if params.min_p:
         probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
     cumulative = probs.cumsum(dim=-1)
-    target = uniform(draw.seed, draw.choice, draw.index) * float(cumulative[-1])
+    target = uniform(draw.seed, draw.choice, draw.output_index) * float(cumulative[-1])
     # The first token whose cumulative probability exceeds the target has a probability above 0.
     return int(torch.searchsorted(cumulative, target, right=True).clamp_(max=len(row) - 1))
 

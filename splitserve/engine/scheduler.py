@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from splitserve.engine.batch_slots import BatchSlots
 from splitserve.engine.protocol import DrawnToken, EngineSpec
@@ -22,27 +22,26 @@ from splitserve.kv.keys import chain_keys, child_key, root_key
 from splitserve.kv.pool import PagePool, PoolFull
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """The next `count` tokens of a sequence, to be computed in this step. After the last ones that
-    there are a token can be drawn.
+class Chunk(NamedTuple):
+    """The next tokens of a sequence, to be computed in this step. After the last ones that there
+    are a token can be drawn.
     """
 
     sequence: Sequence
     start: int
-    count: int
+    end: int
     is_last: bool
 
     @property
-    def end(self) -> int:
-        """One past the last position."""
-        return self.start + self.count
+    def size(self) -> int:
+        """How many tokens."""
+        return self.end - self.start
 
     @classmethod
-    def next_of(cls, sequence: Sequence, count: int) -> Chunk:
-        """The first `count` tokens that are not computed."""
+    def next_of(cls, sequence: Sequence, size: int) -> Chunk:
+        """The first ones that are not computed."""
         start = sequence.num_computed
-        return cls(sequence, start, count, start + count == sequence.num_tokens)
+        return cls(sequence, start, start + size, start + size == sequence.num_tokens)
 
 
 def check_step(max_batch: int, max_step_tokens: int, block_tokens: int) -> None:
@@ -119,19 +118,24 @@ class Scheduler:
         self._slots.close_ranks(self.running)
         budget = self._max_step_tokens
         chunks: list[Chunk] = []
+        prompts: list[Sequence] = []
         for sequence in list(self.running):
-            if sequence.num_uncomputed != 1 or sequence.state is not State.RUNNING:
+            end = sequence.num_tokens
+            uncomputed = end - sequence.num_computed
+            if uncomputed > 1:
+                prompts.append(sequence)
+            elif uncomputed < 1 or sequence.state is not State.RUNNING:
                 continue
-            if not sequence.draws_its_last and self._grow(sequence):
-                chunks.append(Chunk.next_of(sequence, 1))
-                budget -= 1
-        for sequence in self.running:
-            if sequence.num_uncomputed > 1:
-                count = self._chunk_size(sequence, budget)
-                if count == 0:
+            elif not sequence.draws_its_last and self._grow(sequence, end):
+                chunks.append(Chunk(sequence, end - 1, end, is_last=True))
+        budget -= len(chunks)
+        for sequence in prompts:
+            if sequence.state is State.RUNNING:
+                size = self._chunk_size(sequence, budget)
+                if size == 0:
                     break
-                chunks.append(Chunk.next_of(sequence, count))
-                budget -= count
+                chunks.append(Chunk.next_of(sequence, size))
+                budget -= size
         return chunks
 
     def launched(self, chunk: Chunk) -> None:
@@ -302,9 +306,9 @@ class Scheduler:
 
     # -- growing and preempting ----------------------------------------------------------------
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make sure the next token has a page; False if the sequence was preempted for lack."""
-        while len(sequence.pages) < self.pages_for(sequence.num_tokens):
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make sure so many tokens have pages; False if the sequence was preempted for lack."""
+        while len(sequence.pages) * self._spec.block_tokens < num_tokens:
             try:
                 sequence.pages += self._pool.allocate(1)
             except PoolFull:
@@ -335,13 +339,15 @@ class Scheduler:
         """Offer every block that is full and computed by now for reuse."""
         block = self._spec.block_tokens
         full = num_computed // block
+        if full <= sequence.num_registered:
+            return
         for index in range(sequence.num_registered, full):
             if index >= len(sequence.keys):
                 parent = sequence.keys[-1] if sequence.keys else self._root(sequence)
                 tokens = sequence.tokens(index * block, (index + 1) * block)
                 sequence.keys.append(child_key(parent, tokens))
             self._pool.register(sequence.pages[index], sequence.keys[index])
-        sequence.num_registered = max(sequence.num_registered, full)
+        sequence.num_registered = full
 
     def _append(self, sequence: Sequence, token: DrawnToken) -> SequenceOutput:
         sequence.output.append(token.token_id)

@@ -6,7 +6,7 @@ import time
 from collections import abc
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from splitserve.engine.protocol import DrawnToken
 from splitserve.errors import SplitserveError
@@ -158,8 +158,7 @@ class Sequence:
         return self.prompt[start:split] + self.output[max(0, start - split) : end - split]
 
 
-@dataclass(frozen=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):
     """What one step made of one sequence. Given to `EngineCore`'s listener.
 
     `tokens` are new, the first at `first_token_index` of the output. A prefill's tokens are the
@@ -174,6 +173,17 @@ class SequenceOutput:
     error: SplitserveError | None = None
     prefill_done: bool = False
     finish_reasons: tuple[FinishReason | None, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a token's id and nothing else, and the sequence goes on."""
+        return (
+            self.finish_reason is None
+            and len(self.tokens) == 1
+            and self.tokens[0].logprob is None
+            and self.error is None
+            and not self.prefill_done
+        )
 
 
 StepListener = abc.Callable[[int, abc.Sequence[SequenceOutput]], None]

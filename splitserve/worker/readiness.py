@@ -16,7 +16,7 @@ from splitserve.engine.core import CoreStats, EngineCore
 from splitserve.engine.sequence import Sequence, SequenceOutput
 from splitserve.errors import SplitserveError
 from splitserve.sampling import SamplingParams
-from splitserve.worker.relay import OutputRelay
+from splitserve.worker.relay import OutputRelay, Step
 
 CANARY_ID = "canary"
 CANARY_TOKENS = 3
@@ -37,7 +37,7 @@ async def run_canary(core: EngineCore, relay: OutputRelay, *, prefill: bool) -> 
     """
     ended: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
 
-    def on_output(_: int, output: SequenceOutput) -> None:
+    def on_output(_: Step, output: SequenceOutput) -> None:
         last = output.prefill_done or output.finish_reason or output.error
         if last and not ended.done():
             ended.set_result(output)

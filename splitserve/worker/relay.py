@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from splitserve.engine.sequence import SequenceOutput
 
-OnOutput = Callable[[int, SequenceOutput], None]
+
+class Step(NamedTuple):
+    """A step of the core: its number, and when it was over in Unix nanoseconds."""
+
+    number: int
+    ended_ns: int
+
+
+OnOutput = Callable[[Step, SequenceOutput], None]
 """Called on the event loop as `on_output(step, output)`. Must not raise or wait."""
 
 _log = logging.getLogger(__name__)
@@ -25,13 +35,14 @@ class OutputRelay:
         self._loop = loop
         self._subscribers: dict[str, OnOutput] = {}
 
-    def __call__(self, step: int, outputs: Sequence[SequenceOutput]) -> None:
-        """Post a step's outputs. Called on the engine's thread."""
+    def __call__(self, number: int, outputs: Sequence[SequenceOutput]) -> None:
+        """Post a step's outputs. Called on the engine's thread when it is over."""
         if outputs:
+            step = Step(number, time.time_ns())
             try:
                 self._loop.call_soon_threadsafe(self._deliver, step, outputs)
             except RuntimeError:
-                _log.debug("outputs of step %d dropped: the event loop has closed", step)
+                _log.debug("outputs of step %d dropped: the event loop has closed", number)
 
     def subscribe(self, sequence_id: str, on_output: OnOutput) -> None:
         """Deliver the sequence's outputs to `on_output`. Call before `EngineCore.submit`."""
@@ -43,7 +54,7 @@ class OutputRelay:
         """Drop whatever still comes of the sequence. Idempotent."""
         self._subscribers.pop(sequence_id, None)
 
-    def _deliver(self, step: int, outputs: Sequence[SequenceOutput]) -> None:
+    def _deliver(self, step: Step, outputs: Sequence[SequenceOutput]) -> None:
         for output in outputs:
             subscriber = self._subscribers.get(output.sequence.id)
             if subscriber is None:

@@ -54,6 +54,8 @@ class Attachment:
         self.status: grpc.StatusCode | None = None
         self.details = ""
         self.num_messages = 0
+        self.num_in_short = 0
+        self._streams: dict[int, tuple[str, int]] = {}
         self.reading = asyncio.Event()
         self.reading.set()
         self._changed = asyncio.Condition()
@@ -87,6 +89,8 @@ class Attachment:
             lease=lease,
             **fields,
         )
+        if submit.first_stream:
+            self._streams.update((submit.first_stream + i, (request_id, i)) for i in range(n))
         await self.call.write(decode_pb2.AttachRequest(submit=submit))
 
     async def start(
@@ -137,11 +141,21 @@ class Attachment:
                 self.num_messages += 1
                 for delta in message.deltas:
                     self.choice(delta.request_id, delta.choice).take(delta)
+                self._take_tokens(message.tokens)
                 await self._tell()
         except grpc.aio.AioRpcError:
             pass
         self.status, self.details = await self.call.code(), await self.call.details()
         await self._tell()
+
+    def _take_tokens(self, news: decode_pb2.StepTokens) -> None:
+        self.num_in_short += len(news.streams)
+        for stream, index, token_id in zip(
+            news.streams, news.token_indexes, news.token_ids, strict=True
+        ):
+            tokens = [common_pb2.Token(id=token_id)]
+            delta = decode_pb2.SequenceDelta(first_token_index=index, tokens=tokens)
+            self.choice(*self._streams[stream]).take(delta)
 
     async def _tell(self) -> None:
         async with self._changed:

@@ -50,6 +50,22 @@ async def test_one_message_a_step(suite, attach):
     assert router.num_messages <= 45
 
 
+async def test_tokens_are_told_in_short_under_the_routers_numbers(suite, attach):
+    decode = await suite.decode(NO_STORE, *SLOW)
+    router = attach(decode)
+    await router.submit("a", PROMPT, max_tokens=20, n=2, temperature=1.0, first_stream=2**63)
+    await router.submit("b", PROMPT, max_tokens=20, first_stream=7)
+    await router.submit("c", PROMPT, max_tokens=20)
+    await router.submit("d", PROMPT, max_tokens=20, logprobs=1, first_stream=11)
+    choices = [await router.result(*name) for name in (("a", 0), ("a", 1), ("b", 0), ("c", 0))]
+    assert [len(choice.tokens) for choice in choices] == [20] * 4
+    assert choices[2].tokens == choices[3].tokens == expected_tokens(PROMPT, 20)
+    assert choices[0].tokens != choices[1].tokens
+    await router.result("d")
+    # All but the first and last of "a" and "b", unless the reader was late and news were merged.
+    assert 30 <= router.num_in_short <= 3 * 18
+
+
 LEASE = common_pb2.LeaseRef(lease_id="gone", epoch=1, store_address=NO_STORE)
 REFUSED = [
     ({"prompt": []}, "prompt_token_ids"),

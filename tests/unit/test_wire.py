@@ -48,7 +48,7 @@ sampling_params = st.builds(
     n=st.integers(-(2**31), 2**31 - 1),
 )
 logprobs = st.builds(Logprob, token_ids, float32)
-drawn_tokens = st.builds(DrawnToken, token_ids) | st.builds(
+drawn_tokens = token_ids.map(DrawnToken) | st.builds(
     DrawnToken, token_ids, float32, st.lists(logprobs, max_size=3).map(tuple)
 )
 

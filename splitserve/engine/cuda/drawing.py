@@ -214,7 +214,7 @@ def _numbers(draw: Draw) -> tuple[float, ...]:
         params.top_k,
         params.top_p,
         params.min_p,
-        uniform(draw.seed, draw.choice, draw.index),
+        uniform(draw.seed, draw.choice, draw.output_index),
         params.repetition_penalty,
         params.presence_penalty,
         params.frequency_penalty,

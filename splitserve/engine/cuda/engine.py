@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -145,7 +144,7 @@ class CudaEngine:
     @torch.inference_mode()
     def score(self, part: Slice) -> Tensor:
         """See `TorchEngine.score`."""
-        part = replace(part, slot=0)
+        part = part._replace(slot=0)
         with torch.cuda.stream(self._stream):
             plan = StepPlan([], [part])
             numbers = self._send(plan, plan.shape)

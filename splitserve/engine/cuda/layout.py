@@ -125,4 +125,4 @@ class StepPlan:
 
 def placed_by_order(slices: Sequence[Slice]) -> list[Slice]:
     """Slices of a step that stands alone: slots are their places in it."""
-    return [replace(part, slot=index, came_from=-1) for index, part in enumerate(slices)]
+    return [part._replace(slot=index, came_from=-1) for index, part in enumerate(slices)]

@@ -135,9 +135,11 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
         reader = asyncio.create_task(self._read(commands, mine))
         try:
             for step in itertools.count(1):
-                deltas = self._step(mine)
-                if deltas:
-                    await context.write(decode_pb2.AttachResponse(step=step, deltas=deltas))
+                news = decode_pb2.AttachResponse(step=step)
+                for delta in self._step(mine):
+                    _tell(news, delta, mine)
+                if news.deltas or news.tokens.streams:
+                    await context.write(news)
                     await asyncio.sleep(self.step_s)
                 else:
                     self.wake.clear()
@@ -228,6 +230,19 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
     def _forget_if_ended(self, name: str, mine: dict[str, Live]) -> None:
         if name in mine and not mine[name].outputs:
             del mine[name], self.live[name]
+
+
+def _tell(
+    news: decode_pb2.AttachResponse, delta: decode_pb2.SequenceDelta, live: dict[str, Live]
+) -> None:
+    """In short where nothing but a token is to be told."""
+    is_plain = len(delta.tokens) == 1 and not delta.finish_reason and not delta.HasField("error")
+    if not is_plain or delta.first_token_index == 0:
+        news.deltas.append(delta)
+        return
+    news.tokens.streams.append(live[delta.request_id].submit.first_stream + delta.choice)
+    news.tokens.token_indexes.append(delta.first_token_index)
+    news.tokens.token_ids.append(delta.tokens[0].id)
 
 
 @dataclass

@@ -61,8 +61,8 @@ class LateEngine(FakeEngine):
             assert part.slot >= 0
             if part.token_ids[-1] == DRAWN:
                 before = part.slot if part.came_from < 0 else part.came_from
-                part = replace(part, token_ids=[self.tokens[before]])
-            known.append(replace(part, pages=list(part.pages)))
+                part = part._replace(token_ids=[self.tokens[before]])
+            known.append(part._replace(pages=list(part.pages)))
         written = [(part.pages, self._pages_of(part)) for part in slices]
         for flight in self.in_flight:
             for owner, pages in flight.written:

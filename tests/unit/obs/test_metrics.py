@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import generate_latest
 
 from splitserve.obs.metrics import Metrics
 
@@ -59,3 +60,14 @@ def test_latencies_are_histograms(stem: str) -> None:
     getattr(metrics, stem).observe(0.02)
     assert _value(metrics, f"{stem}_bucket", model_name="m", le="0.02") == 1
     assert _value(metrics, f"{stem}_sum", model_name="m") == 0.02
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.0075, 0.0076, 10.0, 11.0])
+def test_many_of_a_value_are_as_one_after_the_other(seconds: float) -> None:
+    one, many = Metrics(model_name="m"), Metrics(model_name="m")
+    for _ in range(3):
+        one.inter_token_latency_seconds.observe(seconds)
+    many.inter_token_latency_seconds.observe_many(seconds, 3)
+    shown = [generate_latest(metrics.registry).decode().splitlines() for metrics in (one, many)]
+    first, second = ([line for line in text if "_created" not in line] for text in shown)
+    assert first == second

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,7 +38,7 @@ def test_followers_see_the_step(parts: list[Slice]) -> None:
 @given(st.lists(slices(), max_size=6), st.permutations(range(6)))
 def test_ranks_lay_a_step_out_alike(parts: list[Slice], slots: list[int]) -> None:
     """Rank 0 has slices of a batch's slots, the others do not know of them."""
-    own = [replace(part, slot=slot) for part, slot in zip(parts, slots, strict=False)]
+    own = [part._replace(slot=slot) for part, slot in zip(parts, slots, strict=False)]
     theirs = decode_step(encode_step(own, BLOCK))
     laid = []
     for each in (own, theirs):

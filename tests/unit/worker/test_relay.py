@@ -7,7 +7,7 @@ import pytest
 
 from splitserve.engine.sequence import Sequence, SequenceOutput
 from splitserve.sampling import SamplingParams
-from splitserve.worker.relay import OutputRelay
+from splitserve.worker.relay import OutputRelay, Step
 
 
 def output_of(sequence_id: str) -> SequenceOutput:
@@ -25,7 +25,7 @@ async def test_a_step_is_delivered_in_one_turn_of_the_loop() -> None:
     relay = OutputRelay(asyncio.get_running_loop())
     seen: list[tuple[int, str]] = []
     for name in ("a", "b"):
-        relay.subscribe(name, lambda step, output: seen.append((step, output.sequence.id)))
+        relay.subscribe(name, lambda step, output: seen.append((step.number, output.sequence.id)))
     post(relay, 3, "a", "unknown", "b")
     assert seen == []
     await asyncio.sleep(0)
@@ -41,7 +41,7 @@ async def test_a_fault_of_one_subscriber_is_not_another_ones(caplog) -> None:
     relay = OutputRelay(asyncio.get_running_loop())
     seen: list[str] = []
 
-    def fail(step: int, output: SequenceOutput) -> None:
+    def fail(step: Step, output: SequenceOutput) -> None:
         raise ValueError("a bug")
 
     relay.subscribe("bad", fail)
