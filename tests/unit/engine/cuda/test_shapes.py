@@ -1,11 +1,11 @@
 """Which steps are recorded."""
 
 import pytest
-
-pytest.importorskip("triton")
+from hypothesis import given
+from hypothesis import strategies as st
 
 from splitserve.engine.cuda.layout import StepShape
-from splitserve.engine.cuda.opening import graph_shapes
+from splitserve.engine.cuda.shapes import graph_shapes
 
 
 @pytest.mark.parametrize("max_batch", [1, 5, 64, 100, 256, 500])
@@ -22,6 +22,24 @@ def test_short_chunks_beside_a_batch_have_one_too() -> None:
     assert any(shape.holds(StepShape(250, 180, 3)) for shape in shapes)
     assert not any(shape.holds(StepShape(250, 4000, 3)) for shape in shapes)
     assert any(shape.holds(StepShape(0, 2000, 3)) for shape in shapes)
+
+
+@given(st.integers(1, 300), st.integers(0, 1024), st.data())
+def test_every_short_step_has_one(max_batch: int, spare: int, data: st.DataObject) -> None:
+    most = max_batch + 16 + spare
+    slots = data.draw(st.integers(0, max_batch))
+    rows = data.draw(st.integers(1, min(most - slots, 1024)))
+    shapes = graph_shapes(max_batch, most)
+    assert len(shapes) == len(set(shapes))
+    assert any(shape.holds(StepShape(slots, rows, 3)) for shape in shapes)
+
+
+@pytest.mark.parametrize("max_step_tokens", [192, 272, 512])
+def test_full_steps_of_a_decode_worker_are_hardly_padded(max_step_tokens: int) -> None:
+    shapes = graph_shapes(128, max_step_tokens)
+    for slots in range(1, 129):
+        step = StepShape(slots, max_step_tokens - slots, 3)
+        assert min(s.total_rows for s in shapes if s.holds(step)) < max_step_tokens + 32
 
 
 @pytest.mark.parametrize("tokens", [64, 300, 512, 2048])
