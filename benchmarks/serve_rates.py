@@ -9,8 +9,9 @@ beside their decode steps, `--chunk` tokens a step at most; give several to find
 take the devices in turn: `cuda:0 cuda:1` is a GPU each, `cuda` one for both.
 
 Requests are the first of `--workload` with their own arrivals, sped up to each mean rate, for
-`--seconds`. Goodput is the share of requests within `--ttft-ms` whose own p99 gap between tokens is
-within each of `--itl-ms`. Weights are random unless `--load-format auto`.
+`--seconds`; where it has none, they come as a Poisson process. Goodput is the share of requests
+within `--ttft-ms` whose own p99 gap between tokens is within each of `--itl-ms`. Weights are random
+unless `--load-format auto`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from machine import describe_machine
 
-from splitserve.bench.pacing import recorded
+from splitserve.bench.pacing import open_loop, recorded
 from splitserve.bench.record import RequestRecord
 from splitserve.bench.replay import replay, warm_up
 from splitserve.bench.report import Limits, summarize
@@ -65,21 +66,25 @@ def suite_config(options: argparse.Namespace, mode: str, chunk: int) -> SuiteCon
 async def measure(
     options: argparse.Namespace, target_address: str, rate: float, vocab_size: int
 ) -> list[RequestRecord]:
-    items = sped_up(options, rate)
+    items = requests_of(options, rate)
+    own_arrivals = any(item.arrival_s for item in items)
+    pacing = recorded(items, 1.0) if own_arrivals else open_loop(len(items), rate, seed=0)
     target = SuiteTarget(AsyncClient(target_address), "", target_address, TIMEOUT_S)
     try:
         await warm_up(target, vocab_size=vocab_size)
-        return await replay(items, recorded(items, 1.0), target, vocab_size=vocab_size, seed=0)
+        return await replay(items, pacing, target, vocab_size=vocab_size, seed=0)
     finally:
         await target.close()
 
 
-def sped_up(options: argparse.Namespace, rate: float) -> list[WorkItem]:
-    """The first requests of the workload, as many as come in `--seconds` at the mean rate."""
+def requests_of(options: argparse.Namespace, rate: float) -> list[WorkItem]:
+    """The first ones of the workload, as many as come in `--seconds` at the mean rate."""
     items = load_workload(WORKLOADS / f"{options.workload}.jsonl")
     items = cap(items, options.max_prompt_tokens, options.max_output_tokens)
     items = items[: max(2, round(rate * options.seconds))]
     arrivals = [item.arrival_s or 0.0 for item in items]
+    if not any(arrivals):
+        return items
     scale = options.seconds / (arrivals[-1] - arrivals[0])
     return [
         WorkItem(item.id, item.prompt_tokens, item.output_tokens, (at - arrivals[0]) * scale)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from splitserve.worker.config import WorkerConfig
-
-_STEP_TOKENS = 512
-"""On a GPU: who decodes there waits for the prompts that are computed in the same step."""
 
 
 class DecodeConfig(WorkerConfig):
     """What `python -m services.decode --help` lists."""
+
+    step_tokens_on_gpu: ClassVar[int] = 512
+    """Who decodes waits for the prompts that are computed in the same step."""
 
     port: int = Field(50053, ge=0, le=65535, description="port of the gRPC server, 0: a free one")
     metrics_port: int = Field(
@@ -22,10 +22,3 @@ class DecodeConfig(WorkerConfig):
     max_pending_tokens: int = Field(
         65536, ge=1, description="tokens a router may leave unread before its stream ends"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keep_steps_short(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if not str(given.get("device", "cpu")).startswith("cuda"):
-            return given
-        return {"max_step_tokens": max(_STEP_TOKENS, 2 * int(given.get("max_batch", 0))), **given}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,9 @@ from splitserve.parallel.rendezvous import (
 
 class WorkerConfig(ServiceConfig):
     """Engine, KV pool, store connection and batching of one worker."""
+
+    step_tokens_on_gpu: ClassVar[int]
+    """Most tokens of a step where nobody says otherwise."""
 
     engine: Literal["torch", "fake"] = Field(
         "torch", description="torch computes a model; fake does arithmetic, for tests"
@@ -64,7 +67,9 @@ class WorkerConfig(ServiceConfig):
         64, ge=1, le=4096, description="most sequences in one step; on a GPU 256 by default"
     )
     max_step_tokens: int = Field(
-        512, ge=2, description="most tokens computed in one step; on a GPU 8192 by default"
+        512,
+        ge=2,
+        description="most tokens of a step; on a GPU by default 2048 to prefill, 512 to decode",
     )
     max_queue: int = Field(4096, ge=1, description="most sequences accepted and not finished")
     deterministic: bool = Field(
@@ -84,7 +89,13 @@ class WorkerConfig(ServiceConfig):
     @model_validator(mode="before")
     @classmethod
     def _size_for_device(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return {**asdict(step_sizes(str(given.get("device", "cpu")))), **given}
+        device = str(given.get("device", "cpu"))
+        sizes = asdict(step_sizes(device))
+        if device.startswith("cuda"):
+            batch = str(given.get("max_batch", 0))
+            least = 2 * int(batch) if batch.isdecimal() else 0
+            sizes["max_step_tokens"] = max(cls.step_tokens_on_gpu, least)
+        return {**sizes, **given}
 
     @model_validator(mode="after")
     def _check_engine(self) -> WorkerConfig:
