@@ -9,10 +9,10 @@ from splitserve.errors import Overloaded
 from splitserve.v1 import common_pb2, decode_pb2
 
 
-class StreamToken(NamedTuple):
+class TaggedToken(NamedTuple):
     """One token of a choice that the router has given a number, and its index in the output."""
 
-    stream: int
+    tag: int
     token_index: int
     token_id: int
 
@@ -29,7 +29,7 @@ class Outbox:
         self._max_pending_tokens = max_pending_tokens
         self._pending: dict[tuple[str, int], decode_pb2.SequenceDelta] = {}
         # Of others than these.
-        self._tokens: dict[tuple[str, int], StreamToken] = {}
+        self._tokens: dict[tuple[str, int], TaggedToken] = {}
         self._num_tokens = 0
         self._step = 0
         self._woken = asyncio.Event()
@@ -63,7 +63,7 @@ class Outbox:
             self._num_tokens += len(delta.tokens)
         self._woken.set()
 
-    def put_token(self, step: int, request_id: str, choice: int, token: StreamToken) -> None:
+    def put_token(self, step: int, request_id: str, choice: int, token: TaggedToken) -> None:
         """Add a token of a choice that goes on; see `put`."""
         key = (request_id, choice)
         if key in self._pending or key in self._tokens:
@@ -106,8 +106,8 @@ class Outbox:
             return None
         message = decode_pb2.AttachResponse(step=self._step, deltas=self._pending.values())
         if self._tokens:
-            streams, indexes, ids = zip(*self._tokens.values(), strict=True)
-            message.tokens.streams.extend(streams)
+            tags, indexes, ids = zip(*self._tokens.values(), strict=True)
+            message.tokens.tags.extend(tags)
             message.tokens.token_indexes.extend(indexes)
             message.tokens.token_ids.extend(ids)
         self._pending.clear()
@@ -124,7 +124,7 @@ class Outbox:
         return delta
 
 
-def _delta(key: tuple[str, int], token: StreamToken) -> decode_pb2.SequenceDelta:
+def _delta(key: tuple[str, int], token: TaggedToken) -> decode_pb2.SequenceDelta:
     request_id, choice = key
     return decode_pb2.SequenceDelta(
         request_id=request_id,

@@ -23,7 +23,7 @@ from itertools import count
 
 import grpc
 
-from services.decode.outbox import Outbox, StreamToken
+from services.decode.outbox import Outbox, TaggedToken
 from services.decode.recorder import Recorder
 from services.decode.request import LiveChoice, LiveRequest
 from services.decode.submission import Submission, parse
@@ -169,8 +169,8 @@ class Session:
             source=request.loader,
             await_first_token=submission.awaits_first_tokens,
         )
-        stream = submission.first_stream and submission.first_stream + choice
-        live = LiveChoice(request, choice, stream, sequence)
+        tag = submission.first_tag and submission.first_tag + choice
+        live = LiveChoice(request, choice, tag, sequence)
         self._bench.relay.subscribe(sequence_id, partial(self._on_output, live))
         try:
             self._bench.core.submit(sequence)
@@ -241,7 +241,7 @@ class Session:
     def _on_output(self, choice: LiveChoice, step: Step, output: SequenceOutput) -> None:
         is_first = not choice.last_token_ns
         self._bench.recorder.output(choice, step.ended_ns, output)
-        if choice.stream and output.is_plain and not is_first:
+        if choice.tag and output.is_plain and not is_first:
             self._put_token(choice, step.number, output)
             return
         request = choice.request
@@ -264,7 +264,7 @@ class Session:
 
     def _put_token(self, choice: LiveChoice, step: int, output: SequenceOutput) -> None:
         """In short: this is what most steps have to tell of most choices."""
-        token = StreamToken(choice.stream, output.first_token_index, output.tokens[0].token_id)
+        token = TaggedToken(choice.tag, output.first_token_index, output.tokens[0].token_id)
         self._outbox.put_token(step, choice.request.request_id, choice.index, token)
         if self._outbox.overfull:
             self.fell_behind.set()

@@ -20,7 +20,7 @@ class Submission:
 
     `outputs` has the output so far of each choice that is to be computed. `deadline_s` is seconds
     from now, None for no deadline.
-    `first_stream` is the router's number for choice 0, and the next ones for the others; 0: none.
+    `first_tag` is the router's tag of choice 0, and the next ones are the others'; 0: none.
     """
 
     request_id: str
@@ -32,7 +32,7 @@ class Submission:
     outputs: dict[int, list[int]]
     parent: Context
     deadline_s: float | None
-    first_stream: int = 0
+    first_tag: int = 0
 
     @property
     def awaits_first_tokens(self) -> bool:
@@ -54,6 +54,8 @@ def parse(
     wire.check_request_id(message.request_id)
     check_prompt(prompt, params, limits, prefix="prompt_token_ids")
     seed = wire.seed_of(message.sampling)
+    if message.first_tag + params.n > 1 << 64:
+        raise InvalidRequest.single("first_tag", f"leaves no room for {params.n} tags below 2^64")
     return Submission(
         request_id=message.request_id,
         prompt=prompt,
@@ -64,7 +66,7 @@ def parse(
         outputs=_outputs(message, params, limits),
         parent=tracing.extract(message.trace_context),
         deadline_s=message.timeout_ms / 1000 if message.timeout_ms else None,
-        first_stream=message.first_stream,
+        first_tag=message.first_tag,
     )
 
 

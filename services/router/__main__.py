@@ -28,6 +28,7 @@ from services.router.generation import Generation
 from services.router.intake import Intake
 from services.router.loading import LoadedModel, load_model
 from services.router.model import ModelCaps, ServedModel
+from services.router.overflow import Overflow
 from services.router.planner import Planner
 from services.router.policy import make_policy
 from services.router.pruning import prune_forever
@@ -142,7 +143,7 @@ def _assemble(
         stores,
         make_policy(config.policy),
         local_prefill_tokens=config.local_prefill_tokens,
-        max_prefill_wait_s=config.max_prefill_wait_ms / 1000,
+        overflow=Overflow(config.max_prefill_wait_ms / 1000),
         worker_wait_s=config.worker_wait_s,
     )
     dispatcher = Dispatcher(planner, links, tracing, max_attempts=config.max_attempts)

@@ -47,10 +47,10 @@ class DecodeLink:
         self.worker = worker
         self.broken = False
         self._sessions: dict[str, Session] = {}
-        # Of each number that the worker may use for a choice: whose it is, and which.
-        self._streams: dict[int, tuple[Session, int]] = {}
-        self._stream_numbers: dict[str, range] = {}
-        self._next_stream = 1
+        # Of each tag that the worker may use for a choice: whose it is, and which.
+        self._tagged: dict[int, tuple[Session, int]] = {}
+        self._tags: dict[str, range] = {}
+        self._next_tag = 1
         self._commands: deque[decode_pb2.AttachRequest] = deque()
         self._wake_writer = asyncio.Event()
         stub = decode_pb2_grpc.DecodeServiceStub(worker.channel)  # type: ignore[no-untyped-call]
@@ -65,17 +65,22 @@ class DecodeLink:
         """Requests that are on the stream."""
         return len(self._sessions)
 
+    @property
+    def num_tags(self) -> int:
+        """Choices that the worker may tell of in short."""
+        return len(self._tagged) + len(self._tags)
+
     def submit(self, submit: decode_pb2.Submit, session: Session) -> None:
         """Hand a request over. Its news come to `session` from now on. Raises WorkerLost."""
         if self.broken:
             raise WorkerLost(f"decode worker {self.worker.address} is not connected")
         name = submit.request_id
-        numbers = range(self._next_stream, self._next_stream + submit.sampling.n)
-        self._next_stream = numbers.stop
-        submit.first_stream = numbers.start
+        tags = range(self._next_tag, self._next_tag + submit.sampling.n)
+        self._next_tag = tags.stop
+        submit.first_tag = tags.start
         self._sessions[name] = session
-        self._stream_numbers[name] = numbers
-        self._streams.update((number, (session, i)) for i, number in enumerate(numbers))
+        self._tags[name] = tags
+        self._tagged.update((tag, (session, i)) for i, tag in enumerate(tags))
         self._send(decode_pb2.AttachRequest(submit=submit))
 
     def start(
@@ -98,8 +103,8 @@ class DecodeLink:
 
     def leave(self, request_id: str, *, finished: bool) -> None:
         """Forget a request; one that has not finished there is cancelled there. Idempotent."""
-        for number in self._stream_numbers.pop(request_id, ()):
-            self._streams.pop(number, None)
+        for tag in self._tags.pop(request_id, ()):
+            self._tagged.pop(tag, None)
         if self._sessions.pop(request_id, None) is not None and not finished:
             cancel = decode_pb2.Cancel(request_id=request_id)
             self._send(decode_pb2.AttachRequest(cancel=cancel))
@@ -145,10 +150,8 @@ class DecodeLink:
             if session is not None:
                 session.on_delta(delta)
         news = response.tokens
-        for number, index, token in zip(
-            news.streams, news.token_indexes, news.token_ids, strict=True
-        ):
-            of_choice = self._streams.get(number)
+        for tag, index, token in zip(news.tags, news.token_indexes, news.token_ids, strict=True):
+            of_choice = self._tagged.get(tag)
             if of_choice is not None:
                 session, choice = of_choice
                 session.on_token(choice, index, token)
@@ -161,8 +164,8 @@ class DecodeLink:
         self._tasks[0].cancel()
         self._commands.clear()
         sessions, self._sessions = self._sessions, {}
-        self._streams.clear()
-        self._stream_numbers.clear()
+        self._tagged.clear()
+        self._tags.clear()
         if sessions:
             _log.warning(
                 "decode worker %s is lost with %d requests: %s",
@@ -193,6 +196,11 @@ class DecodeLinks:
     def num_sessions(self) -> int:
         """Requests on all streams."""
         return sum(link.num_sessions for link in self._links.values())
+
+    @property
+    def num_tags(self) -> int:
+        """Choices that workers may tell of in short."""
+        return sum(link.num_tags for link in self._links.values())
 
     @property
     def num_links(self) -> int:

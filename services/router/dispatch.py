@@ -166,7 +166,15 @@ class Dispatcher:
     ) -> prefill_pb2.PrefillResponse:
         """The prefill worker's answer, or the decode worker's failure if that comes first."""
         worker, lease = hand_over.prefill, hand_over.lease.ref
-        call = asyncio.create_task(prefill(worker, request, name, lease, request.remaining_s()))
+        computing = prefill(
+            worker,
+            request,
+            name,
+            lease,
+            request.remaining_s(),
+            uncached_tokens=hand_over.uncached_tokens,
+        )
+        call = asyncio.create_task(computing)
         try:
             waited: set[asyncio.Future[Any]] = {call, session.done}
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from services.router.overflow import Overflow
 from services.router.policy import Candidate, Policy
 from services.router.request import Request
 from services.router.stores import HeldLease, Stores
@@ -26,6 +27,8 @@ class HandOver:
 
     prefill: Worker
     lease: HeldLease
+    uncached_tokens: int
+    """What the prefill worker is to compute of the prompt."""
 
 
 class Plan:
@@ -76,9 +79,8 @@ class Planner:
 
     - fewer than `local_prefill_tokens` of it are not cached there,
     - the prefill tier or the store is out of service, or
-    - the prefill worker would begin with it after more than `max_prefill_wait_s`, and the decode
-      worker is expected to have it done sooner: beside those that it decodes for, in steps that
-      its own limit keeps short. So an overload of one tier is shared, not passed on.
+    - it would wait too long for the prefill worker, and the decode worker is expected to have it
+      done sooner (`overflow`). So an overload of one tier is shared, not passed on.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Planner:
         policy: Policy,
         *,
         local_prefill_tokens: int,
-        max_prefill_wait_s: float,
+        overflow: Overflow,
         worker_wait_s: float,
     ) -> None:
         self._prefill = prefill
@@ -97,7 +99,7 @@ class Planner:
         self._stores = stores
         self._policy = policy
         self._local_prefill_tokens = local_prefill_tokens
-        self._max_prefill_wait_s = max_prefill_wait_s
+        self._overflow = overflow
         self._worker_wait_s = worker_wait_s
 
     async def plan(
@@ -149,6 +151,7 @@ class Planner:
 
         Unless it is to be taken `always`, the local way is planned where that is better.
         """
+        length = len(request.prompt)
         while prefillers:
             likely = min(prefillers, key=lambda w: (w.queued_tokens, w.own_requests))
             writers, readers = _same_layout(likely, prefillers), _same_layout(likely, decoders)
@@ -156,14 +159,15 @@ class Planner:
                 prefillers = [worker for worker in prefillers if worker not in writers]
                 continue
             decode, prefill, lease = await self._choose(request, likely, writers, readers)
-            uncached = len(request.prompt) - decode.cached_tokens
-            if not always and self._is_better_local(uncached, decode.worker, prefill):
+            uncached = length - decode.cached_tokens
+            is_short = uncached < self._local_prefill_tokens
+            if not always and (is_short or self._overflow.takes(length, prefill, decode)):
                 _release(lease)
                 return Plan(decode.worker, local_tokens=uncached)
             writer = prefill.worker
             lease = await self._moved(lease, writer)
             if lease is not None:
-                return Plan(decode.worker, HandOver(writer, lease))
+                return Plan(decode.worker, HandOver(writer, lease, length - prefill.cached_tokens))
             failed = writer.store_address
             prefillers = [w for w in prefillers if w is not writer and w.store_address != failed]
         return None
@@ -222,18 +226,6 @@ class Planner:
         blocks = await self._stores.lookup(sorted(addresses)[:MAX_LOOKUPS], keys)
         most = len(request.prompt)
         return {holder: min(n * layout.block_tokens, most) for holder, n in blocks.items()}
-
-    def _is_better_local(self, uncached: int, decode: Worker, prefill: Candidate) -> bool:
-        """Whether the decode worker should compute what it lacks of the prompt itself."""
-        if uncached < self._local_prefill_tokens:
-            return True
-        wait_s = prefill.worker.seconds_for(0)
-        there_s = prefill.worker.seconds_for(uncached)
-        if wait_s is None or there_s is None or wait_s <= self._max_prefill_wait_s:
-            return False
-        here_s = decode.seconds_for(uncached)
-        # One that has yet to compute a prompt is tried with one.
-        return here_s < there_s if here_s is not None else decode.queued_tokens == 0
 
     def _local(self, decoders: Sequence[Worker], request: Request) -> Plan:
         candidates = [Candidate(worker) for worker in decoders]

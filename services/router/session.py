@@ -81,10 +81,7 @@ class DecodeSession:
             return
         if ended_here:
             self.cancel_choice(choice)
-        if self._absent:
-            self._absent.discard(choice)
-            if not self._absent:
-                self._on_joined()
+        self._has_come(choice)
         self.settle()
 
     def on_lost(self, error: SplitserveError) -> None:
@@ -96,13 +93,20 @@ class DecodeSession:
         """A choice has ended here that the worker would go on with."""
         if choice in self._there:
             self._there.discard(choice)
-            self._absent.discard(choice)
             self._link.cancel_choice(self.name, choice)
+            self._has_come(choice)
 
     def settle(self) -> None:
         """End `done` if all choices have ended."""
         if self._stream.finished and not self.done.done():
             self.done.set_result(None)
+
+    def _has_come(self, choice: int) -> None:
+        """It needs nothing of the prefill tier any more."""
+        if self._absent:
+            self._absent.discard(choice)
+            if not self._absent:
+                self._on_joined()
 
     def fail(self, error: SplitserveError) -> None:
         """End `done` with a failure."""

@@ -34,8 +34,8 @@ class Worker:
 
     `own_requests` and `own_tokens` count this router's requests that the worker has now, and prompt
     tokens that it is to compute. They are exact and immediate where the worker's report is of a
-    moment ago. What is in `on_lost` is called when this run of the worker's process is gone; it
-    must not wait.
+    moment ago. `rate_told_s` is when it last reported another rate of prefill. What is in `on_lost`
+    is called when this run of the worker's process is gone; it must not wait.
     """
 
     def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
@@ -43,6 +43,7 @@ class Worker:
         self.channel = channel
         self.state: worker_pb2.WorkerState | None = None
         self.heard_s = 0.0
+        self.rate_told_s = 0.0
         self.own_requests = 0
         self.own_tokens = 0
         self.on_lost: set[Callable[[], None]] = set()
@@ -68,12 +69,10 @@ class Worker:
         reported = self.state.queued_tokens if self.state is not None else 0
         return max(reported, self.own_tokens)
 
-    def seconds_for(self, num_tokens: int) -> float | None:
-        """Until so many prompt tokens more are computed after those that wait, at its last rate;
-        None for one that has yet to compute a prompt.
-        """
-        rate = self.state.prefill_tokens_per_s if self.state is not None else 0.0
-        return (self.queued_tokens + num_tokens) / rate if rate > 0 else None
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """How fast it computed its last prompts; 0 where it does not say."""
+        return self.state.prefill_tokens_per_s if self.state is not None else 0.0
 
     @property
     def num_requests(self) -> int:
@@ -218,8 +217,10 @@ class WorkerPool:
             return False
         if worker.id != state.worker_id:
             _log.info("%s worker %s at %s", self.tier, state.worker_id, worker.address)
-        worker.state = state
         worker.heard_s = self._clock()
+        if worker.prefill_tokens_per_s != state.prefill_tokens_per_s:
+            worker.rate_told_s = worker.heard_s
+        worker.state = state
         self._changed.set()
         return True
 

@@ -89,7 +89,7 @@ class EngineCore:
         self._thread: threading.Thread | None = None
         self._steps = 0
         self._failed_steps = 0
-        self._prefilled = PrefillRate()
+        self._prefilled = PrefillRate(config.max_step_tokens - engine.spec.block_tokens)
         self._step_began = 0.0
         self._queued_tokens = 0
 
@@ -193,12 +193,12 @@ class EngineCore:
         landing = bool(self._flights)
         self._read_inbox()
         self._scheduler.admit()
+        self._queued_tokens = self._scheduler.queued_tokens
         if self._scheduler.may_preempt:
             self._land(0)
         chunks = self._scheduler.plan()
         if chunks:
             self._take_off(chunks)
-        self._queued_tokens = self._scheduler.queued_tokens
         self._land(self._flights.most_ahead if chunks else 0)
         self._publish()
         return bool(chunks) or landing
@@ -345,4 +345,5 @@ class EngineCore:
     def _measure(self, flight: Flight) -> None:
         """A step on a device begins when the one before has ended."""
         seconds = time.monotonic() - max(flight.began_s, self._landed_at)
-        self._prefilled.add(sum(chunk.size for chunk in flight.chunks if chunk.size > 1), seconds)
+        prompt_tokens = sum(chunk.size for chunk in flight.chunks if chunk.size > 1)
+        self._prefilled.add(prompt_tokens, sum(chunk.size for chunk in flight.chunks), seconds)

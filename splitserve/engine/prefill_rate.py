@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 _MEMORY = 0.9
-_LEAST_TOKENS = 128
-"""A step takes as long without fewer than these: they say nothing of how many could have been
-computed.
-"""
-_VALID_S = 30.0
-"""After that it is not known any more: what made a worker slow may be long over, and nobody who
-knows it for slow would ever try it again.
-"""
+_MANY_TOKENS = 128
 
 
 class PrefillRate:
-    """Prompt tokens a second over the last ten or so steps, each weighing as much as it took."""
+    """Prompt tokens a second over the last ten or so steps, each weighing as much as it took.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    A step counts if it was full or had many tokens of prompts. One with a few of them beside those
+    that decode takes as long without: it says nothing of how many could have been computed.
+    """
+
+    def __init__(self, full_step: int) -> None:
+        """`full_step` is how many tokens a step has where no more would have fitted."""
+        self._full_step = full_step
         self._tokens = 0.0
         self._seconds = 0.0
-        self._measured_s = 0.0
 
-    def add(self, num_tokens: int, seconds: float) -> None:
-        """Count a step that computed so many tokens of prompts, whatever else it did."""
-        if num_tokens >= _LEAST_TOKENS and seconds > 0:
-            self._tokens = _MEMORY * self._tokens + num_tokens
+    def add(self, prompt_tokens: int, all_tokens: int, seconds: float) -> None:
+        """Count a step that computed so many tokens of prompts, and so many in all."""
+        tells = prompt_tokens >= _MANY_TOKENS or all_tokens >= self._full_step
+        if prompt_tokens and tells and seconds > 0:
+            self._tokens = _MEMORY * self._tokens + prompt_tokens
             self._seconds = _MEMORY * self._seconds + seconds
-            self._measured_s = self._clock()
 
     @property
     def per_s(self) -> float:
-        """Tokens a second; 0 where no step has told of late."""
-        if not self._seconds or self._clock() - self._measured_s > _VALID_S:
-            return 0.0
-        return self._tokens / self._seconds
+        """Tokens a second; 0 where no step has told."""
+        return self._tokens / self._seconds if self._seconds else 0.0

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from splitserve.v1 import common_pb2 as splitserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asplitserve/v1/decode.proto\x12\rsplitserve.v1\x1a\x1asplitserve/v1/common.proto\"\x93\x01\n\rAttachRequest\x12\'\n\x06submit\x18\x01 \x01(\x0b\x32\x15.splitserve.v1.SubmitH\x00\x12%\n\x05start\x18\x02 \x01(\x0b\x32\x14.splitserve.v1.StartH\x00\x12\'\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x15.splitserve.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xf1\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.splitserve.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12&\n\x05lease\x18\x05 \x01(\x0b\x32\x17.splitserve.v1.LeaseRef\x12>\n\rtrace_context\x18\x06 \x03(\x0b\x32\'.splitserve.v1.Submit.TraceContextEntry\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12-\n\x06resume\x18\x08 \x03(\x0b\x32\x1d.splitserve.v1.ChoiceProgress\x12\x14\n\x0c\x66irst_stream\x18\t \x01(\x04\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x0e\x43hoiceProgress\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"v\n\x05Start\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0f\x66irst_token_ids\x18\x02 \x03(\r\x12\x31\n\nkv_receipt\x18\x03 \x01(\x0b\x32\x18.splitserve.v1.KvReceiptH\x00\x88\x01\x01\x42\r\n\x0b_kv_receipt\"<\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"w\n\x0e\x41ttachResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12,\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x1c.splitserve.v1.SequenceDelta\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x19.splitserve.v1.StepTokens\"G\n\nStepTokens\x12\x0f\n\x07streams\x18\x01 \x03(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rtoken_indexes\x18\x03 \x03(\r\"\xfb\x01\n\rSequenceDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x03 \x01(\r\x12$\n\x06tokens\x18\x04 \x03(\x0b\x32\x14.splitserve.v1.Token\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.splitserve.v1.FinishReason\x12\x30\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x1c.splitserve.v1.SequenceErrorH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x07 \x01(\rB\x08\n\x06_error\".\n\rSequenceError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t2Z\n\rDecodeService\x12I\n\x06\x41ttach\x12\x1c.splitserve.v1.AttachRequest\x1a\x1d.splitserve.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asplitserve/v1/decode.proto\x12\rsplitserve.v1\x1a\x1asplitserve/v1/common.proto\"\x93\x01\n\rAttachRequest\x12\'\n\x06submit\x18\x01 \x01(\x0b\x32\x15.splitserve.v1.SubmitH\x00\x12%\n\x05start\x18\x02 \x01(\x0b\x32\x14.splitserve.v1.StartH\x00\x12\'\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x15.splitserve.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xee\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.splitserve.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12&\n\x05lease\x18\x05 \x01(\x0b\x32\x17.splitserve.v1.LeaseRef\x12>\n\rtrace_context\x18\x06 \x03(\x0b\x32\'.splitserve.v1.Submit.TraceContextEntry\x12\x12\n\ntimeout_ms\x18\x07 \x01(\r\x12-\n\x06resume\x18\x08 \x03(\x0b\x32\x1d.splitserve.v1.ChoiceProgress\x12\x11\n\tfirst_tag\x18\t \x01(\x04\x1a\x33\n\x11TraceContextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x0e\x43hoiceProgress\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"v\n\x05Start\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0f\x66irst_token_ids\x18\x02 \x03(\r\x12\x31\n\nkv_receipt\x18\x03 \x01(\x0b\x32\x18.splitserve.v1.KvReceiptH\x00\x88\x01\x01\x42\r\n\x0b_kv_receipt\"<\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"w\n\x0e\x41ttachResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12,\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x1c.splitserve.v1.SequenceDelta\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x19.splitserve.v1.StepTokens\"D\n\nStepTokens\x12\x0c\n\x04tags\x18\x01 \x03(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rtoken_indexes\x18\x03 \x03(\r\"\xfb\x01\n\rSequenceDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x03 \x01(\r\x12$\n\x06tokens\x18\x04 \x03(\x0b\x32\x14.splitserve.v1.Token\x12\x32\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1b.splitserve.v1.FinishReason\x12\x30\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x1c.splitserve.v1.SequenceErrorH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x07 \x01(\rB\x08\n\x06_error\".\n\rSequenceError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t2Z\n\rDecodeService\x12I\n\x06\x41ttach\x12\x1c.splitserve.v1.AttachRequest\x1a\x1d.splitserve.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,23 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHREQUEST']._serialized_start=74
   _globals['_ATTACHREQUEST']._serialized_end=221
   _globals['_SUBMIT']._serialized_start=224
-  _globals['_SUBMIT']._serialized_end=593
-  _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_start=542
-  _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_end=593
-  _globals['_CHOICEPROGRESS']._serialized_start=595
-  _globals['_CHOICEPROGRESS']._serialized_end=663
-  _globals['_START']._serialized_start=665
-  _globals['_START']._serialized_end=783
-  _globals['_CANCEL']._serialized_start=785
-  _globals['_CANCEL']._serialized_end=845
-  _globals['_ATTACHRESPONSE']._serialized_start=847
-  _globals['_ATTACHRESPONSE']._serialized_end=966
-  _globals['_STEPTOKENS']._serialized_start=968
-  _globals['_STEPTOKENS']._serialized_end=1039
-  _globals['_SEQUENCEDELTA']._serialized_start=1042
-  _globals['_SEQUENCEDELTA']._serialized_end=1293
-  _globals['_SEQUENCEERROR']._serialized_start=1295
-  _globals['_SEQUENCEERROR']._serialized_end=1341
-  _globals['_DECODESERVICE']._serialized_start=1343
-  _globals['_DECODESERVICE']._serialized_end=1433
+  _globals['_SUBMIT']._serialized_end=590
+  _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_start=539
+  _globals['_SUBMIT_TRACECONTEXTENTRY']._serialized_end=590
+  _globals['_CHOICEPROGRESS']._serialized_start=592
+  _globals['_CHOICEPROGRESS']._serialized_end=660
+  _globals['_START']._serialized_start=662
+  _globals['_START']._serialized_end=780
+  _globals['_CANCEL']._serialized_start=782
+  _globals['_CANCEL']._serialized_end=842
+  _globals['_ATTACHRESPONSE']._serialized_start=844
+  _globals['_ATTACHRESPONSE']._serialized_end=963
+  _globals['_STEPTOKENS']._serialized_start=965
+  _globals['_STEPTOKENS']._serialized_end=1033
+  _globals['_SEQUENCEDELTA']._serialized_start=1036
+  _globals['_SEQUENCEDELTA']._serialized_end=1287
+  _globals['_SEQUENCEERROR']._serialized_start=1289
+  _globals['_SEQUENCEERROR']._serialized_end=1335
+  _globals['_DECODESERVICE']._serialized_start=1337
+  _globals['_DECODESERVICE']._serialized_end=1427
 # @@protoc_insertion_point(module_scope)

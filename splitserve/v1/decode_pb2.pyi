@@ -18,7 +18,7 @@ class AttachRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "cache_salt", "lease", "trace_context", "timeout_ms", "resume", "first_stream")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "cache_salt", "lease", "trace_context", "timeout_ms", "resume", "first_tag")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -34,7 +34,7 @@ class Submit(_message.Message):
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
-    FIRST_STREAM_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TAG_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.SamplingParams
@@ -43,8 +43,8 @@ class Submit(_message.Message):
     trace_context: _containers.ScalarMap[str, str]
     timeout_ms: int
     resume: _containers.RepeatedCompositeFieldContainer[ChoiceProgress]
-    first_stream: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Iterable[_Union[ChoiceProgress, _Mapping]]] = ..., first_stream: _Optional[int] = ...) -> None: ...
+    first_tag: int
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., timeout_ms: _Optional[int] = ..., resume: _Optional[_Iterable[_Union[ChoiceProgress, _Mapping]]] = ..., first_tag: _Optional[int] = ...) -> None: ...
 
 class ChoiceProgress(_message.Message):
     __slots__ = ("index", "token_ids", "finished")
@@ -85,14 +85,14 @@ class AttachResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[SequenceDelta, _Mapping]]] = ..., tokens: _Optional[_Union[StepTokens, _Mapping]] = ...) -> None: ...
 
 class StepTokens(_message.Message):
-    __slots__ = ("streams", "token_ids", "token_indexes")
-    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("tags", "token_ids", "token_indexes")
+    TAGS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_INDEXES_FIELD_NUMBER: _ClassVar[int]
-    streams: _containers.RepeatedScalarFieldContainer[int]
+    tags: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     token_indexes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, streams: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_indexes: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, tags: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_indexes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SequenceDelta(_message.Message):
     __slots__ = ("request_id", "choice", "first_token_index", "tokens", "finish_reason", "error", "cached_tokens")

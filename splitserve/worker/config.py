@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +23,7 @@ class WorkerConfig(ServiceConfig):
     """Engine, KV pool, store connection and batching of one worker."""
 
     step_tokens_on_gpu: ClassVar[int]
-    """Most tokens of a step where nobody says otherwise."""
+    """Most tokens of a step there, where nobody says otherwise."""
 
     engine: Literal["torch", "fake"] = Field(
         "torch", description="torch computes a model; fake does arithmetic, for tests"
@@ -67,9 +66,9 @@ class WorkerConfig(ServiceConfig):
         64, ge=1, le=4096, description="most sequences in one step; on a GPU 256 by default"
     )
     max_step_tokens: int = Field(
-        512,
-        ge=2,
-        description="most tokens of a step; on a GPU by default 2048 to prefill, 512 to decode",
+        0,
+        ge=0,
+        description="most tokens of a step; 0: 512, but 2048 of a prefill worker on a GPU",
     )
     max_queue: int = Field(4096, ge=1, description="most sequences accepted and not finished")
     deterministic: bool = Field(
@@ -89,25 +88,28 @@ class WorkerConfig(ServiceConfig):
     @model_validator(mode="before")
     @classmethod
     def _size_for_device(cls, given: dict[str, Any]) -> dict[str, Any]:
-        device = str(given.get("device", "cpu"))
-        sizes = asdict(step_sizes(device))
-        if device.startswith("cuda"):
-            batch = str(given.get("max_batch", 0))
-            least = 2 * int(batch) if batch.isdecimal() else 0
-            sizes["max_step_tokens"] = max(cls.step_tokens_on_gpu, least)
-        return {**sizes, **given}
+        return {"max_batch": step_sizes(str(given.get("device", "cpu"))).max_batch, **given}
 
     @model_validator(mode="after")
     def _check_engine(self) -> WorkerConfig:
         if self.engine == "torch" and not self.model:
             raise ConfigError("SPLITSERVE_MODEL (--model): name a checkpoint to serve")
-        if self.max_step_tokens < self.max_batch + self.block_tokens:
+        if 0 < self.max_step_tokens < self.max_batch + self.block_tokens:
             raise ConfigError(
                 "SPLITSERVE_MAX_STEP_TOKENS (--max-step-tokens): must be at least "
                 f"--max-batch + --block-tokens = {self.max_batch + self.block_tokens}, "
                 f"not {self.max_step_tokens}"
             )
         return self
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of a step: as was said, or what suits the device and the tier."""
+        if self.max_step_tokens:
+            return self.max_step_tokens
+        on_gpu = self.device.startswith("cuda")
+        usual = self.step_tokens_on_gpu if on_gpu else step_sizes(self.device).max_step_tokens
+        return max(usual, self.max_batch + 2 * self.block_tokens)
 
     @property
     def served_name(self) -> str:
@@ -146,7 +148,7 @@ class WorkerConfig(ServiceConfig):
             block_tokens=self.block_tokens,
             max_context_tokens=self.max_context_tokens,
             max_batch=self.max_batch,
-            max_step_tokens=self.max_step_tokens,
+            max_step_tokens=self.step_tokens,
             deterministic=self.deterministic,
             threads=self.threads,
             fake_step_ms=self.fake_step_ms,
@@ -158,7 +160,7 @@ class WorkerConfig(ServiceConfig):
         """Sizes of the engine's loop."""
         return CoreConfig(
             max_batch=self.max_batch,
-            max_step_tokens=self.max_step_tokens,
+            max_step_tokens=self.step_tokens,
             max_queue=self.max_queue,
             reuse_prefixes=not self.skip_prefix_cache,
         )

@@ -172,6 +172,7 @@ def _assemble(
         model=config.served_name,
         layout=layout,
         max_batch=config.max_batch,
+        max_step_tokens=config.step_tokens,
         max_context_tokens=spec.max_context_tokens,
     )
     state = StateService(identity, core.stats, lambda: stores.home_address)

@@ -29,6 +29,7 @@ class Identity:
     model: str
     layout: KvLayout
     max_batch: int
+    max_step_tokens: int
     max_context_tokens: int
 
 
@@ -95,6 +96,7 @@ class StateService(worker_pb2_grpc.WorkerServiceServicer):
             ready=self._ready,
             max_context_tokens=me.max_context_tokens,
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
+            max_step_tokens=me.max_step_tokens,
         )
 
     def _tell(self) -> None:

@@ -129,6 +129,17 @@ def test_the_loop_gives_what_plain_torch_gives(num_pages: int, seed: int) -> Non
                 assert [t.token_id for t in one.top] == [t.token_id for t in other.top]
 
 
+def test_news_that_have_no_room_in_a_graphs_numbers_go_first(
+    engine: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = serve(engine, sequences_of(3))
+    monkeypatch.setattr("splitserve.engine.cuda.engine.NEWS_ROOM", 3)
+    found = serve(engine, sequences_of(3))
+    assert {name: [t.token_id for t in tokens] for name, tokens in found.items()} == {
+        name: [t.token_id for t in tokens] for name, tokens in expected.items()
+    }
+
+
 @pytest.mark.parametrize(("kv_dtype", "most"), [("float32", 1e-4), ("fp8", 0.4), ("int8", 0.1)])
 def test_pages_travel(kv_dtype: KvDtype, most: float) -> None:
     """A prompt's pages from one engine, the next token on another."""

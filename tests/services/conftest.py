@@ -55,7 +55,7 @@ class Attachment:
         self.details = ""
         self.num_messages = 0
         self.num_in_short = 0
-        self._streams: dict[int, tuple[str, int]] = {}
+        self._tagged: dict[int, tuple[str, int]] = {}
         self.reading = asyncio.Event()
         self.reading.set()
         self._changed = asyncio.Condition()
@@ -89,8 +89,8 @@ class Attachment:
             lease=lease,
             **fields,
         )
-        if submit.first_stream:
-            self._streams.update((submit.first_stream + i, (request_id, i)) for i in range(n))
+        if submit.first_tag:
+            self._tagged.update((submit.first_tag + i, (request_id, i)) for i in range(n))
         await self.call.write(decode_pb2.AttachRequest(submit=submit))
 
     async def start(
@@ -149,13 +149,11 @@ class Attachment:
         await self._tell()
 
     def _take_tokens(self, news: decode_pb2.StepTokens) -> None:
-        self.num_in_short += len(news.streams)
-        for stream, index, token_id in zip(
-            news.streams, news.token_indexes, news.token_ids, strict=True
-        ):
+        self.num_in_short += len(news.tags)
+        for tag, index, token_id in zip(news.tags, news.token_indexes, news.token_ids, strict=True):
             tokens = [common_pb2.Token(id=token_id)]
             delta = decode_pb2.SequenceDelta(first_token_index=index, tokens=tokens)
-            self.choice(*self._streams[stream]).take(delta)
+            self.choice(*self._tagged[tag]).take(delta)
 
     async def _tell(self) -> None:
         async with self._changed:

@@ -53,10 +53,10 @@ async def test_one_message_a_step(suite, attach):
 async def test_tokens_are_told_in_short_under_the_routers_numbers(suite, attach):
     decode = await suite.decode(NO_STORE, *SLOW)
     router = attach(decode)
-    await router.submit("a", PROMPT, max_tokens=20, n=2, temperature=1.0, first_stream=2**63)
-    await router.submit("b", PROMPT, max_tokens=20, first_stream=7)
+    await router.submit("a", PROMPT, max_tokens=20, n=2, temperature=1.0, first_tag=2**63)
+    await router.submit("b", PROMPT, max_tokens=20, first_tag=7)
     await router.submit("c", PROMPT, max_tokens=20)
-    await router.submit("d", PROMPT, max_tokens=20, logprobs=1, first_stream=11)
+    await router.submit("d", PROMPT, max_tokens=20, logprobs=1, first_tag=11)
     choices = [await router.result(*name) for name in (("a", 0), ("a", 1), ("b", 0), ("c", 0))]
     assert [len(choice.tokens) for choice in choices] == [20] * 4
     assert choices[2].tokens == choices[3].tokens == expected_tokens(PROMPT, 20)
@@ -73,6 +73,7 @@ REFUSED = [
     ({"prompt": [1] * 4090, "max_tokens": 8}, "prompt_token_ids"),
     ({"max_tokens": 0}, "sampling.max_tokens"),
     ({"seed": None}, "sampling.seed"),
+    ({"n": 2, "first_tag": 2**64 - 1}, "first_tag"),
     ({"temperature": float("nan")}, "sampling.temperature"),
     ({"n": 0}, "sampling.n"),
     ({"n": 10_000}, "sampling.n"),

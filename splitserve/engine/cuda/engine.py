@@ -88,9 +88,9 @@ class CudaEngine:
         self._graphs.record(shapes, progress)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def warm_up(self, max_step_tokens: int) -> None:
         """Compile what steps without a graph need, and every kind of draw, on steps of nobody's."""
-        shapes = [StepShape(0, _WARM_UP_ROWS, 1)]
+        shapes = [StepShape(0, min(_WARM_UP_ROWS, max_step_tokens), 1)]
         if not self._graphs.is_recorded:
             shapes += [StepShape(s) for s in _WARM_UP_SLOTS if s <= self._slots.num_slots]
         with self._launching():
@@ -243,7 +243,8 @@ class CudaEngine:
     def _send(self, plan: StepPlan, shape: StepShape, out: Tensor | None = None) -> Tensor:
         """The step's numbers on the device, (shape.size,). What it needs of slots is there, too.
 
-        One copy brings both; `out` has room for as many news as `NEWS_ROOM`.
+        One copy brings both. A recorded step's `out` has room for `NEWS_ROOM` numbers of news: more
+        of them, as when long sequences join, go ahead in one of their own.
         """
         moves = [(part.came_from, part.slot) for part in plan.decoding if part.came_from >= 0]
         self._drawing.move(moves)

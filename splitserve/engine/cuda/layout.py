@@ -50,9 +50,9 @@ class StepShape:
 
     @cached_property
     def size(self) -> int:
-        """Numbers in all."""
+        """Numbers in all, an even number: what is behind them begins as each section does."""
         end: int = self.sections[-1].stop
-        return end
+        return end + end % 2
 
     def telling(self) -> StepShape:
         """The least that holds this one and a chunk: only with chunks are graphs made in parts."""

@@ -43,7 +43,7 @@ def open_cuda_engine(
         total=len(shapes), desc="recording steps", unit="graph", disable=not show_progress
     ) as bar:
         engine.record(shapes, bar.update)
-    engine.warm_up()
+    engine.warm_up(max_step_tokens)
     return engine
 
 

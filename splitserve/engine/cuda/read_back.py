@@ -7,18 +7,21 @@ from torch import Tensor
 
 
 class ReadBack:
-    """One copy that was launched. Read it once: its memory is then another's."""
+    """One copy that was launched."""
 
     def __init__(self, memory: _Pinned, size: int, idle: list[_Pinned]) -> None:
-        self._memory = memory
+        self._memory: _Pinned | None = memory
         self._size = size
         self._idle = idle
 
     def numbers(self) -> list[int]:
-        """Waits for the copy and for nothing else."""
-        self._memory.copied.synchronize()
-        numbers: list[int] = self._memory.host[: self._size].tolist()
-        self._idle.append(self._memory)
+        """Waits for the copy and for nothing else. Once only: its memory is then another's."""
+        memory, self._memory = self._memory, None
+        if memory is None:
+            raise RuntimeError("the numbers have been read already")
+        memory.copied.synchronize()
+        numbers: list[int] = memory.host[: self._size].tolist()
+        self._idle.append(memory)
         return numbers
 
 

@@ -6,7 +6,6 @@ needs none. A step takes the least graph that holds it, so the steps between two
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 from splitserve.engine.cuda.layout import StepShape
@@ -21,30 +20,36 @@ _CHUNKS = 16
 
 def graph_shapes(max_batch: int, max_step_tokens: int) -> list[StepShape]:
     """Steps that decode, padded by three rows or an eighth; steps that compute chunks of prompts
-    beside, padded by some tens of rows, and by next to none if they are full; steps of prompts
-    with few who decode, as a prefill worker has them. None that can never come.
+    beside, less finely, but for those whose chunks fill up what the batch leaves of the step;
+    steps of prompts with few who decode, as a prefill worker has them. None that can never come.
     """
     shapes = [StepShape(size) for size in _decode_sizes(max_batch)]
     sizes = sorted(size for size in (*_SLOTS, *_SLOTS_BESIDE_FEW_ROWS) if size < max_batch)
     for below, slots in pairwise((0, *sizes, max_batch)):
+        only_few_rows = slots in _SLOTS_BESIDE_FEW_ROWS and slots < max_batch
+        rows = _few_rows(max_step_tokens) if only_few_rows else _rows(slots, max_step_tokens)
         decoding = below + 1 if below else 0
-        for rows in _rows_beside(slots, max_step_tokens - decoding):
-            shapes.append(StepShape(slots, rows, _CHUNKS))
+        if max_step_tokens - decoding <= _ROWS[-1]:
+            rows.add(max_step_tokens - decoding)
+        shapes += [StepShape(slots, each, _CHUNKS) for each in sorted(rows)]
     return shapes
 
 
-def _rows_beside(slots: int, most: int) -> Iterator[int]:
-    """Rows of chunks beside so many slots, in steps that have no more than `most`."""
-    sizes = [*_FEW_ROWS]
-    if slots not in _SLOTS_BESIDE_FEW_ROWS:
-        sizes += _ROWS
-    if slots <= _SLOTS[0]:
-        sizes += _ROWS_BESIDE_FEW_SLOTS
-    yield from (rows for rows in sizes if rows < most)
-    if 0 < most <= _ROWS[-1]:
-        yield most  # a prompt that is longer fills the step
+def _few_rows(most: int) -> set[int]:
+    return {rows for rows in _FEW_ROWS if rows < most}
+
+
+def _rows(slots: int, most: int) -> set[int]:
+    """Among them one that holds `most`, if that is not too many: prompts under way have slots, too,
+    so that few may decode in a step of many slots.
+    """
+    sizes = [*_ROWS, *(_ROWS_BESIDE_FEW_SLOTS if slots <= _SLOTS[0] else ())]
+    rows = _few_rows(most) | {each for each in sizes if each < most}
+    if most <= _ROWS[-1]:
+        rows.add(most)
     elif most <= sizes[-1]:
-        yield min(rows for rows in sizes if rows >= most)
+        rows.add(min(each for each in sizes if each >= most))
+    return rows
 
 
 def _decode_sizes(max_batch: int) -> list[int]:

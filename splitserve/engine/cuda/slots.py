@@ -23,7 +23,7 @@ class SlotNews:
     after: list[int] = field(default_factory=list)
     """Slots whose tokens move, and where to."""
     places: list[int] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    page_numbers: list[int] = field(default_factory=list)
     """Places in the flattened table of pages, and the page numbers that are due there."""
 
     @property
@@ -33,7 +33,7 @@ class SlotNews:
 
     def lay_out(self, out: Numbers) -> None:
         """Fill `out`, (size,)."""
-        out[:] = [*self.before, *self.after, *self.places, *self.numbers]
+        out[:] = [*self.before, *self.after, *self.places, *self.page_numbers]
 
 
 class SlotTable:
@@ -79,7 +79,7 @@ class SlotTable:
             if sent < needed:
                 first = part.slot * self._max_pages
                 news.places.extend(range(first + sent, first + needed))
-                news.numbers.extend(part.pages[sent:needed])
+                news.page_numbers.extend(part.pages[sent:needed])
             self._sent[part.slot] = (part.pages, max(sent, needed))
         return news
 

@@ -56,6 +56,7 @@ class ScriptedState(worker_pb2_grpc.WorkerServiceServicer):
             total_pages=100,
             free_pages=100,
             max_batch=8,
+            max_step_tokens=4,
             ready=True,
             max_context_tokens=CONTEXT,
         )
@@ -138,7 +139,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
                 news = decode_pb2.AttachResponse(step=step)
                 for delta in self._step(mine):
                     _tell(news, delta, mine)
-                if news.deltas or news.tokens.streams:
+                if news.deltas or news.tokens.tags:
                     await context.write(news)
                     await asyncio.sleep(self.step_s)
                 else:
@@ -240,7 +241,7 @@ def _tell(
     if not is_plain or delta.first_token_index == 0:
         news.deltas.append(delta)
         return
-    news.tokens.streams.append(live[delta.request_id].submit.first_stream + delta.choice)
+    news.tokens.tags.append(live[delta.request_id].submit.first_tag + delta.choice)
     news.tokens.token_indexes.append(delta.first_token_index)
     news.tokens.token_ids.append(delta.tokens[0].id)
 
@@ -333,6 +334,7 @@ class Suite:
         router = self.router
         await self.until(lambda: not router.generation.num_open)
         await self.until(lambda: not router.links.num_sessions)
+        assert router.links.num_tags == 0
         await self.until(lambda: not any(decode.live for decode in self.decodes))
         await self.until(lambda: not self.store.live and not router.stores.num_leases)
         assert router.admission.running == 0

@@ -133,37 +133,73 @@ async def test_prompt_cached_on_the_decode_worker_is_not_prefilled(
     await suite.assert_nothing_left()
 
 
+BUSY = {"queued_tokens": 500, "prefill_tokens_per_s": 1000.0}
+
+
 @pytest.mark.parametrize(
-    ("waiting", "prefill_rate", "decode_rate", "decode_waiting", "is_local"),
+    ("prefill", "decode", "is_local"),
     [
-        (500, 1000.0, 100.0, 0, True),  # there in 508 ms, here in 80
-        (500, 1000.0, 0.0, 0, True),  # nobody knows how fast it is here: it is tried
-        (500, 1000.0, 0.0, 9, False),  # until one is
-        (500, 1000.0, 100.0, 60, False),  # here in 680 ms
-        (90, 1000.0, 1000.0, 0, False),  # the prefill worker begins in 90 ms
-        (500, 0.0, 1000.0, 0, False),  # nobody knows when it begins
+        (BUSY, {"prefill_tokens_per_s": 100.0}, True),  # there in 508 ms, here in 80
+        (BUSY, {"prefill_tokens_per_s": 100.0, "queued_tokens": 60}, False),  # here in 680
+        (BUSY, {}, True),  # nobody knows how fast it is here: it is tried
+        (BUSY, {"queued_tokens": 9}, False),  # with one at a time
+        (BUSY, {"max_step_tokens": 60}, False),  # in steps of about 60 ms
+        (BUSY, {"prefill_tokens_per_s": 100.0, "max_step_tokens": 6}, False),
+        (BUSY, {"running": 7, "waiting": 1}, False),  # no place in the batch
+        (BUSY, {"free_pages": 2}, False),
+        (BUSY, {"running": 7, "free_pages": 9}, False),  # pages that the others need
+        ({**BUSY, "queued_tokens": 90}, {}, False),  # it begins in 90 ms
+        ({**BUSY, "prefill_tokens_per_s": 0.0}, {}, False),  # nobody knows when it begins
     ],
 )
 async def test_an_overload_of_the_prefill_tier_is_shared(
-    start_suite: Any,
-    waiting: int,
-    prefill_rate: float,
-    decode_rate: float,
-    decode_waiting: int,
-    is_local: bool,
+    start_suite: Any, prefill: dict[str, Any], decode: dict[str, Any], is_local: bool
 ) -> None:
     suite = await start_suite()
-    prefill, decode = suite.states[suite.prefill.address], suite.states[suite.decode.address]
-    prefill.state.queued_tokens, prefill.state.prefill_tokens_per_s = waiting, prefill_rate
-    decode.state.queued_tokens, decode.state.prefill_tokens_per_s = decode_waiting, decode_rate
-    for pool, state in zip(suite.router.pools, (prefill, decode), strict=True):
-        await suite.until(
-            lambda pool=pool, state=state: [w.state for w in pool.known()] == [state.state]
-        )
+    await tell(suite, prefill, decode)
     await suite.generate(max_tokens=3)
     assert (suite.prefill.requests == []) == is_local
     assert suite.decode.submits[0].HasField("lease") != is_local
     await suite.assert_nothing_left()
+
+
+async def test_a_prompt_stays_where_its_prefix_is(start_suite: Any) -> None:
+    """There it takes 500 ms, of which nothing is the prompt's; here 502."""
+    suite = await start_suite()
+    await tell(suite, BUSY, {"prefill_tokens_per_s": 1000.0, "queued_tokens": 494})
+    suite.store.holders = {"prefill-0": 2}
+    await suite.generate(max_tokens=3)
+    assert len(suite.prefill.requests) == 1
+    suite.store.holders = {}
+    await suite.generate(max_tokens=3)
+    assert len(suite.prefill.requests) == 1
+    await suite.assert_nothing_left()
+
+
+async def test_cached_tokens_do_not_count_as_work(start_suite: Any) -> None:
+    suite = await start_suite()
+    (worker,) = suite.router.pools[0].known()
+    suite.prefill.gate.clear()
+    suite.store.holders = {"prefill-0": 1}
+    call = asyncio.ensure_future(suite.generate(max_tokens=3))
+    await suite.until(lambda: bool(suite.prefill.requests))
+    assert (worker.own_requests, worker.own_tokens) == (1, len(PROMPT) - 4)
+    suite.prefill.gate.set()
+    await call
+    await suite.assert_nothing_left()
+
+
+async def tell(suite: Any, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+    """Have the workers report these, and the router hear of them."""
+    states = suite.states[suite.prefill.address], suite.states[suite.decode.address]
+    for pool, scripted, fields in zip(suite.router.pools, states, (prefill, decode), strict=True):
+        for name, value in fields.items():
+            setattr(scripted.state, name, value)
+        await suite.until(
+            lambda pool=pool, scripted=scripted: (
+                [worker.state for worker in pool.known()] == [scripted.state]
+            )
+        )
 
 
 async def test_tokens_count_on_the_worker_until_they_are_computed(start_suite: Any) -> None:

@@ -7,45 +7,26 @@ from splitserve.engine.prefill_rate import PrefillRate
 STEPS = st.lists(st.tuples(st.integers(128, 8192), st.floats(0.001, 10)), min_size=1, max_size=30)
 
 
-class Clock:
-    now = 5.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @given(STEPS)
 def test_is_between_the_slowest_and_the_fastest_step(steps: list[tuple[int, float]]) -> None:
-    rate = PrefillRate(Clock())
+    rate = PrefillRate(10_000)
     for tokens, seconds in steps:
-        rate.add(tokens, seconds)
+        rate.add(tokens, tokens, seconds)
     each = [tokens / seconds for tokens, seconds in steps]
     assert min(each) * 0.999 <= rate.per_s <= max(each) * 1.001
 
 
 def test_a_long_step_weighs_more_than_a_short_one() -> None:
-    rate = PrefillRate(Clock())
-    rate.add(1000, 1.0)
-    rate.add(1000, 0.01)
+    rate = PrefillRate(10_000)
+    rate.add(1000, 1000, 1.0)
+    rate.add(1000, 1000, 0.01)
     assert rate.per_s == pytest.approx((0.9 * 1000 + 1000) / (0.9 * 1.0 + 0.01))
 
 
-def test_a_few_tokens_beside_decoding_say_nothing() -> None:
-    rate = PrefillRate(Clock())
-    rate.add(16, 0.01)
-    rate.add(0, 0.01)
+def test_a_few_tokens_beside_decoding_say_nothing_unless_the_step_was_full() -> None:
+    rate = PrefillRate(176)
+    rate.add(16, 90, 0.01)
+    rate.add(0, 180, 0.01)
     assert rate.per_s == 0.0
-    rate.add(128, 0.01)
-    assert rate.per_s == pytest.approx(12800)
-
-
-def test_what_was_long_ago_is_not_known() -> None:
-    clock = Clock()
-    rate = PrefillRate(clock)
-    rate.add(200, 1.0)
-    clock.now += 29
-    assert rate.per_s == pytest.approx(200)
-    clock.now += 2
-    assert rate.per_s == 0.0
-    rate.add(400, 1.0)
-    assert rate.per_s > 0
+    rate.add(80, 176, 0.01)
+    assert rate.per_s == pytest.approx(8000)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.decode.outbox import Outbox, StreamToken
+from services.decode.outbox import Outbox, TaggedToken
 from splitserve.errors import Overloaded
 from splitserve.v1 import common_pb2, decode_pb2
 
@@ -62,7 +62,7 @@ def test_merging_loses_no_token_and_no_order(plan: list[tuple[dict[int, bool], b
             for choice, in_short in choices.items():
                 tokens = sent.setdefault(choice, [])
                 if in_short:
-                    token = StreamToken(STREAM + choice, len(tokens), step)
+                    token = TaggedToken(TAG + choice, len(tokens), step)
                     outbox.put_token(step, "a", choice, token)
                 else:
                     news = delta("a", len(tokens), step)
@@ -79,7 +79,7 @@ def test_merging_loses_no_token_and_no_order(plan: list[tuple[dict[int, bool], b
     asyncio.run(run())
 
 
-STREAM = 70
+TAG = 70
 
 
 async def take_into(outbox: Outbox, read: dict[int, list[int]]) -> bool:
@@ -87,15 +87,15 @@ async def take_into(outbox: Outbox, read: dict[int, list[int]]) -> bool:
     if message is None:
         return False
     seen = [d.choice for d in message.deltas]
-    seen += [stream - STREAM for stream in message.tokens.streams]
+    seen += [tag - TAG for tag in message.tokens.tags]
     assert len(seen) == len(set(seen)), "at most one entry a choice"
     for d in message.deltas:
         tokens = read.setdefault(d.choice, [])
         assert d.first_token_index == len(tokens)
         tokens += [token.id for token in d.tokens]
     news = message.tokens
-    for stream, index, token in zip(news.streams, news.token_indexes, news.token_ids, strict=True):
-        tokens = read.setdefault(stream - STREAM, [])
+    for tag, index, token in zip(news.tags, news.token_indexes, news.token_ids, strict=True):
+        tokens = read.setdefault(tag - TAG, [])
         assert index == len(tokens)
         tokens.append(token)
     return True
@@ -103,22 +103,22 @@ async def take_into(outbox: Outbox, read: dict[int, list[int]]) -> bool:
 
 async def test_news_of_one_step_are_told_in_short() -> None:
     outbox = Outbox(100)
-    outbox.put_token(3, "a", 0, StreamToken(5, 8, 41))
-    outbox.put_token(3, "b", 1, StreamToken(9, 2, 0))
+    outbox.put_token(3, "a", 0, TaggedToken(5, 8, 41))
+    outbox.put_token(3, "b", 1, TaggedToken(9, 2, 0))
     message = await outbox.take()
     assert message == decode_pb2.AttachResponse(
         step=3,
-        tokens=decode_pb2.StepTokens(streams=[5, 9], token_indexes=[8, 2], token_ids=[41, 0]),
+        tokens=decode_pb2.StepTokens(tags=[5, 9], token_indexes=[8, 2], token_ids=[41, 0]),
     )
 
 
 async def test_an_end_is_merged_into_a_token_that_waits() -> None:
     outbox = Outbox(100)
-    outbox.put_token(1, "a", 0, StreamToken(5, 8, 41))
+    outbox.put_token(1, "a", 0, TaggedToken(5, 8, 41))
     outbox.put(2, delta("a", 9, 42, finish_reason=common_pb2.FINISH_REASON_STOP))
     message = await outbox.take()
     assert message is not None
-    assert not message.tokens.streams
+    assert not message.tokens.tags
     (one,) = message.deltas
     assert (one.first_token_index, [token.id for token in one.tokens]) == (8, [41, 42])
     assert one.finish_reason == common_pb2.FINISH_REASON_STOP
@@ -151,7 +151,7 @@ async def test_why_a_choice_ended_is_not_overwritten() -> None:
 async def test_a_backlog_is_bounded() -> None:
     outbox = Outbox(10)
     for index in range(9):
-        outbox.put_token(index, "a", 0, StreamToken(1, index, index))
+        outbox.put_token(index, "a", 0, TaggedToken(1, index, index))
     assert not outbox.overfull
     outbox.put(9, delta("a", 9, 9))
     assert outbox.overfull
@@ -162,7 +162,7 @@ async def test_a_backlog_is_bounded() -> None:
 async def test_what_is_forgotten_does_not_count() -> None:
     outbox = Outbox(10)
     outbox.put(1, delta("a", 0, *range(20)))
-    outbox.put_token(1, "c", 0, StreamToken(1, 3, 3))
+    outbox.put_token(1, "c", 0, TaggedToken(1, 3, 3))
     outbox.forget("a", 0)
     outbox.forget("c", 0)
     outbox.forget("unknown", 0)

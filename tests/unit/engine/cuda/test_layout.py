@@ -65,8 +65,10 @@ def test_one_token_without_one_draw_is_a_chunk(draws: list[Draw]) -> None:
 
 @given(slots=st.integers(0, 300), rows=st.integers(0, 300), chunks=st.integers(0, 20))
 def test_sections_are_aligned_and_apart(slots: int, rows: int, chunks: int) -> None:
-    sections = StepShape(slots, rows, chunks).sections
+    shape = StepShape(slots, rows, chunks)
+    sections = shape.sections
     assert all(section.start % 2 == 0 for section in sections)
+    assert shape.size % 2 == 0
     assert all(a.stop <= b.start for a, b in pairwise(sections))
 
 

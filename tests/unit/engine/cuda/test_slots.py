@@ -33,7 +33,7 @@ class Sequence:
 def tell(table: SlotTable, slices: list[Slice]) -> int:
     """How many pages; the launch that places them is tested in `tests/kernels`."""
     news = table.news(slices, BLOCK)
-    table.pages.view(-1)[news.places] = torch.tensor(news.numbers, dtype=torch.int32)
+    table.pages.view(-1)[news.places] = torch.tensor(news.page_numbers, dtype=torch.int32)
     return len(news.places)
 
 
