@@ -30,6 +30,7 @@ PagesListener = Callable[[list[bytes], list[bytes]], None]
 """Called on the engine's thread as `listener(added_keys, removed_keys)`. Must not wait."""
 
 _PAUSE_AFTER_FAULT_S = 0.1
+_LOOK_EVERY_S = 0.0002
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,9 @@ class EngineCore:
         """Admit, launch, emit. False if there was nothing to compute and nothing to read.
 
         On an `AsyncEngine` the step that is emitted is the one before the one launched: the device
-        has work while the host reads tokens, tells of them and plans.
+        has work while the host reads tokens, tells of them and plans. With nothing to launch it
+        waits for the step in flight or for news, whichever comes first: who comes while a prompt is
+        computed is launched behind it, not after it.
         """
         landing = bool(self._flights)
         self._read_inbox()
@@ -199,6 +202,8 @@ class EngineCore:
         chunks = self._scheduler.plan()
         if chunks:
             self._take_off(chunks)
+        elif self._hears_before_landing():
+            return True
         self._land(self._flights.most_ahead if chunks else 0)
         self._publish()
         return bool(chunks) or landing
@@ -216,6 +221,15 @@ class EngineCore:
     def _wait_for_news(self, timeout_s: float | None = None) -> None:
         with self._news:
             self._news.wait_for(lambda: self._inbox or self._stopping, timeout_s)
+
+    def _hears_before_landing(self) -> bool:
+        """Whether there is news before the oldest step in flight is over, if there is one."""
+        while self._flights and not self._flights.is_down():
+            with self._news:
+                self._news.wait_for(lambda: self._inbox or self._stopping, _LOOK_EVERY_S)
+            if self._inbox or self._stopping:
+                return bool(self._inbox)
+        return False
 
     def _read_inbox(self) -> None:
         while self._inbox:

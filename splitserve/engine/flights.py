@@ -52,6 +52,10 @@ class Flights:
         layers_done = _layers_done(chunks, self._block)
         self._flights.append(Flight(chunks, began_s, self._launch(slices, layers_done)))
 
+    def is_down(self) -> bool:
+        """Whether the oldest step is over; there must be one."""
+        return self._flights[0].launched.done()
+
     def next_down(self) -> Flight:
         """The oldest step, which is not in flight any more; its tokens are to be read."""
         return self._flights.popleft()
@@ -65,6 +69,9 @@ class _Computed:
     """A step of an engine that computes while it is called."""
 
     drawn: list[list[DrawnToken]]
+
+    def done(self) -> bool:
+        return True
 
     def tokens(self) -> list[list[DrawnToken]]:
         return self.drawn

@@ -111,6 +111,10 @@ From any thread; must not wait.
 class Launched(Protocol):
     """A step that is being computed."""
 
+    def done(self) -> bool:
+        """Whether `tokens` need not wait. Never raises: what failed is done."""
+        ...
+
     def tokens(self) -> list[list[DrawnToken]]:
         """Wait for the drawn tokens of each slice, in its draws' order. Raises what failed."""
         ...

@@ -61,6 +61,10 @@ class Drawn:
         self._places = places
         self._logprobs = logprobs
 
+    def done(self) -> bool:
+        """See `Launched`."""
+        return self._numbers.done()
+
     def tokens(self) -> list[list[DrawnToken]]:
         """See `Launched`."""
         numbers = self._numbers.numbers()

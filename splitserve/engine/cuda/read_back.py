@@ -14,6 +14,13 @@ class ReadBack:
         self._size = size
         self._idle = idle
 
+    def done(self) -> bool:
+        """Whether `numbers` need not wait; never raises."""
+        try:
+            return self._memory is None or bool(self._memory.copied.query())  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return True
+
     def numbers(self) -> list[int]:
         """Waits for the copy and for nothing else. Once only: its memory is then another's."""
         memory, self._memory = self._memory, None

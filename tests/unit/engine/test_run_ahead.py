@@ -26,6 +26,9 @@ class LateStep:
     drawn: list[list[DrawnToken]]
     fails: bool
 
+    def done(self) -> bool:
+        return self.owner.is_done()
+
     def tokens(self) -> list[list[DrawnToken]]:
         assert self.owner.in_flight.popleft() is self, "steps are read in their order"
         if self.fails:
@@ -47,6 +50,7 @@ class LateEngine(FakeEngine):
         self.launches = 0
         self.fail_launch = 0
         self.fail_tokens = 0
+        self.is_done: abc.Callable[[], bool] = lambda: True
 
     def launch(
         self, slices: abc.Sequence[Slice], layers_done: LayersDone | None = None
@@ -323,3 +327,50 @@ def test_a_token_drawn_elsewhere_begins_the_batch() -> None:
     core.first_token("d", expected[0])
     run(core)
     assert tokens_of(heard, "d") == expected[1:]
+
+
+def test_who_comes_while_a_step_is_computed_is_launched_behind_it() -> None:
+    heard: list[SequenceOutput] = []
+    engine = LateEngine(num_pages=40)
+    core = make_core(engine, heard)
+
+    def is_done() -> bool:
+        if engine.launches == 1:
+            core.submit(prefill_of("second"))
+            return False
+        return True
+
+    engine.is_done = is_done
+    core.submit(prefill_of("first"))
+    assert core.step()
+    assert core.step(), "it hears of the second"
+    assert (engine.launches, heard) == (1, [])
+    assert core.step()
+    assert (engine.launches, len(heard)) == (2, 1), "launched, then the first was read"
+    run(core)
+    assert [output.sequence.id for output in heard] == ["first", "second"]
+    assert engine.most_in_flight == 2
+
+
+def test_news_that_are_nothing_to_launch_do_not_land_a_step() -> None:
+    heard: list[SequenceOutput] = []
+    engine = LateEngine(num_pages=40)
+    core = make_core(engine, heard)
+    looks = iter([False, False, True])
+
+    def is_done() -> bool:
+        core.abort("nobody")
+        return next(looks, True)
+
+    engine.is_done = is_done
+    core.submit(prefill_of("first"))
+    for _ in range(3):
+        assert core.step()
+        assert heard == []
+    run(core)
+    assert len(heard) == 1
+
+
+def prefill_of(name: str) -> Sequence:
+    params = SamplingParams(temperature=0, max_tokens=1)
+    return Sequence(name, [1, 2, 3], params, seed=0, prefill_choices=1)
