@@ -49,6 +49,12 @@ def engine(name: str, limit_s: int, *words: str) -> Step:
     return Step(name, limit_s, ("benchmarks/engine_rows.py", *words, "--json", "{json}"))
 
 
+def rates(name: str, *words: str) -> Step:
+    """A suite on two GPUs under load."""
+    command = ("benchmarks/serve_rates.py", "--model", LLAMA, "--device", "cuda:0", "cuda:1")
+    return Step(name, 300, (*command, *words, "--json", "{json}"), gpus=2)
+
+
 STEPS = (
     Step("tests_gpu", 300, (*PYTEST, "tests/gpu", "tests/unit/quant")),
     *(
@@ -111,16 +117,14 @@ STEPS = (
         ("benchmarks/kernels/all_reduce.py", "--ranks", "2", "--json", "{json}"),
         gpus=2,
     ),
-    Step(
-        "rates",
-        900,
-        (
-            *("benchmarks/serve_rates.py", "--model", LLAMA, "--device", "cuda:0", "cuda:1"),
-            *("--rates", "16", "24", "30", "34", "--chunk", "512", "--seconds", "40"),
-            *("--json", "{json}"),
-        ),
-        gpus=2,
+    rates("rates_split_34", "--modes", "split", "--rates", "34", "--chunk", "272"),
+    rates(
+        "rates_split_30",
+        *("--modes", "split", "--rates", "30", "--chunk", "192"),
+        *("--worker-flag=--max-batch=144", "--router-flag=--max-prefill-wait-ms=200"),
     ),
+    rates("rates_monolith_34", "--modes", "monolith", "--rates", "34"),
+    rates("rates_2048_128", "--workload", "fixed-2048-128", "--rates", "16", "--seconds", "12"),
 )
 
 
