@@ -10,7 +10,7 @@ from splitserve.v1 import common_pb2, decode_pb2
 
 
 class TaggedToken(NamedTuple):
-    """One token of a choice that the router has given a number, and its index in the output."""
+    """One token of a choice that the router has given a tag, and its index in the output."""
 
     tag: int
     token_index: int
@@ -20,9 +20,9 @@ class TaggedToken(NamedTuple):
 class Outbox:
     """News of one router's sequences, at most one entry a request and choice.
 
-    While the router reads, an entry is the news of one step, in most a single token. While it does
-    not, entries grow by merging, so that the backlog is bounded by its tokens and not by the steps
-    that passed. Used on the event loop only.
+    While the router reads, an entry is the news of one step, most often a single token. While it
+    does not, entries grow by merging, so that the backlog is bounded by its tokens and not by the
+    steps that passed. Used on the event loop only.
     """
 
     def __init__(self, max_pending_tokens: int) -> None:

@@ -13,7 +13,7 @@ from splitserve.worker.block_loader import BlockLoader
 
 @dataclass(eq=False, slots=True)
 class LiveChoice:
-    """One choice of a request. `tag` is the router's number for it, 0 if it has given none.
+    """One choice of a request. `tag` is the router's, 0 if it has given none.
     `last_token_ns` is 0 before its first news.
     """
 

@@ -146,7 +146,7 @@ def _assemble(
         overflow=Overflow(config.max_prefill_wait_ms / 1000),
         worker_wait_s=config.worker_wait_s,
     )
-    dispatcher = Dispatcher(planner, links, tracing, max_attempts=config.max_attempts)
+    dispatcher = Dispatcher(planner, links, tracing, metrics, max_attempts=config.max_attempts)
     caps = ModelCaps(
         vocab_size=loaded.vocab_size,
         max_context_tokens=loaded.max_context_tokens,

@@ -22,7 +22,7 @@ import grpc
 from opentelemetry import trace
 
 from services.router.decode_client import DecodeLinks
-from services.router.planner import HandOver, Plan, Planner
+from services.router.planner import Plan, Planner
 from services.router.prefill_client import prefill
 from services.router.request import Request
 from services.router.session import DecodeSession
@@ -40,6 +40,7 @@ from splitserve.errors import (
     WorkerLost,
 )
 from splitserve.obs import names
+from splitserve.obs.metrics import Metrics
 from splitserve.obs.tracing import Tracing, trace_context
 from splitserve.v1 import decode_pb2, prefill_pb2
 
@@ -61,11 +62,18 @@ class Dispatcher:
     """Takes requests through the tiers, with at most `max_attempts` tries each."""
 
     def __init__(
-        self, planner: Planner, links: DecodeLinks, tracing: Tracing, *, max_attempts: int
+        self,
+        planner: Planner,
+        links: DecodeLinks,
+        tracing: Tracing,
+        metrics: Metrics,
+        *,
+        max_attempts: int,
     ) -> None:
         self._planner = planner
         self._links = links
         self._tracing = tracing
+        self._metrics = metrics
         self._max_attempts = max_attempts
 
     async def run(
@@ -122,7 +130,8 @@ class Dispatcher:
             span.set_attribute(names.DECODE_WORKER, plan.decode.id)
             if plan.hand_over is not None:
                 span.set_attribute(names.PREFILL_WORKER, plan.hand_over.prefill.id)
-            span.set_attribute(names.ROUTE, "split" if plan.hand_over is not None else "local")
+            span.set_attribute(names.ROUTE, plan.route)
+            self._metrics.router_plans.labels(plan.route).inc()
             return plan
 
     async def _carry_out(
@@ -136,7 +145,7 @@ class Dispatcher:
                 stream.record.submitted()
                 link.submit(_submit_message(plan, request, name, stream), session)
                 if plan.hand_over is not None:
-                    answer = await self._prefill(plan.hand_over, request, name, session, avoid)
+                    answer = await self._prefill(plan, request, name, session, avoid)
                     _first_tokens(answer, request, stream)
                     if not stream.finished:
                         receipt = answer.kv_receipt if answer.HasField("kv_receipt") else None
@@ -158,23 +167,16 @@ class Dispatcher:
 
     async def _prefill(
         self,
-        hand_over: HandOver,
+        plan: Plan,
         request: Request,
         name: str,
         session: DecodeSession,
         avoid: set[str],
     ) -> prefill_pb2.PrefillResponse:
         """The prefill worker's answer, or the decode worker's failure if that comes first."""
-        worker, lease = hand_over.prefill, hand_over.lease.ref
-        computing = prefill(
-            worker,
-            request,
-            name,
-            lease,
-            request.remaining_s(),
-            uncached_tokens=hand_over.uncached_tokens,
-        )
-        call = asyncio.create_task(computing)
+        assert plan.hand_over is not None
+        worker, lease = plan.hand_over.prefill, plan.hand_over.lease.ref
+        call = asyncio.create_task(prefill(worker, request, name, lease, request.remaining_s()))
         try:
             waited: set[asyncio.Future[Any]] = {call, session.done}
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -186,6 +188,7 @@ class Dispatcher:
                 avoid.add(worker.address)
                 raise
         finally:
+            plan.prefilled()
             call.cancel()
             call.add_done_callback(_look_at)
 

@@ -9,7 +9,7 @@ from services.router.policy import Candidate
 from services.router.workers import Worker
 
 MAX_STEP_S = 0.05
-"""Longest step that those who decode may have to wait for. On a CPU every full one is longer."""
+"""Longest step that those who decode may have to wait for, if it is full. On CPUs it is longer."""
 
 RATE_VALID_S = 30.0
 """A rate that no step has changed for so long is not known any more: what made a decode worker slow
@@ -28,15 +28,15 @@ class Overflow:
         self._max_wait_s = max_wait_s
         self._clock = clock
 
-    def takes(self, prompt_tokens: int, prefill: Candidate, decode: Candidate) -> bool:
-        """Whether the prompt is better computed by the decode worker. Never where either says
-        nothing of how fast a prefill worker is.
+    def takes(self, uncached: int, prefill: Candidate, decode: Candidate) -> bool:
+        """Whether the decode worker should compute what it lacks of the prompt, `uncached` tokens.
+        Never while it is not known how fast the prefill worker is.
         """
         there, here = prefill.worker, decode.worker
         rate = there.prefill_tokens_per_s
         if not rate or there.queued_tokens / rate <= self._max_wait_s:
             return False
-        if not _has_room(here, prompt_tokens):
+        if not _has_room(here, uncached):
             return False
         own_rate = here.prefill_tokens_per_s
         known = own_rate > 0 and self._clock() - here.rate_told_s < RATE_VALID_S
@@ -44,18 +44,21 @@ class Overflow:
             return False
         if not known:
             return here.queued_tokens == 0
-        there_s = (there.queued_tokens + prompt_tokens - prefill.cached_tokens) / rate
-        here_s = (here.queued_tokens + prompt_tokens - decode.cached_tokens) / own_rate
-        return here_s < there_s
+        lacking = uncached + decode.cached_tokens - prefill.cached_tokens
+        there_s = (there.queued_tokens + lacking) / rate
+        return (here.queued_tokens + uncached) / own_rate < there_s
 
 
-def _has_room(worker: Worker, prompt_tokens: int) -> bool:
-    """Whether the prompt would have its place in the batch and its pages at once."""
+def _has_room(worker: Worker, uncached: int) -> bool:
+    """Whether the prompt would have its place in the batch and its pages at once, as far as reports
+    tell and after the prompts that were sent there. Each sequence may want a page more by then.
+    """
     state = worker.state
-    if state is None or worker.num_requests >= state.max_batch:
+    if state is None or state.in_batch >= state.max_batch:
         return False
     block = max(state.kv_layout.block_tokens, 1)
-    return state.free_pages >= prompt_tokens // block + 1 + worker.num_requests
+    wanted = -(-(uncached + worker.own_tokens) // block) + worker.num_requests + 1
+    return state.free_pages >= wanted
 
 
 def _keeps_steps_short(worker: Worker, tokens_per_s: float) -> bool:

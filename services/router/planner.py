@@ -11,7 +11,7 @@ from services.router.overflow import Overflow
 from services.router.policy import Candidate, Policy
 from services.router.request import Request
 from services.router.stores import HeldLease, Stores
-from services.router.workers import Worker, WorkerPool
+from services.router.workers import Claim, Worker, WorkerPool
 from splitserve.errors import NoWorker, SplitserveError
 from splitserve.kv.keys import chain_keys, root_key
 
@@ -32,39 +32,47 @@ class HandOver:
 
 
 class Plan:
-    """A request's workers. Counts on the decode worker until it is closed, and so do the tokens
-    that this one computes of the prompt until that is done.
+    """A request's workers. Counts on them until it is closed, or the prompt is done there.
 
-    Without `hand_over` the decode worker computes all of them. If the prefill worker is lost the
-    lease ends at once: the decode worker then stops to wait for blocks that nobody writes any
-    more and computes the rest.
+    Without `hand_over` the decode worker computes the prompt. `route` says why: "short",
+    "overflow", or "local" where there was no other way; else it is "split". If the prefill worker
+    is lost the lease ends at once: the decode worker then stops to wait for blocks that nobody
+    writes any more and computes the rest.
     """
 
     def __init__(
-        self, decode: Worker, hand_over: HandOver | None = None, *, local_tokens: int = 0
+        self,
+        decode: Worker,
+        hand_over: HandOver | None = None,
+        *,
+        local_tokens: int = 0,
+        route: str = "split",
     ) -> None:
         self.decode = decode
         self.model_fingerprint = decode.model_fingerprint
         self.hand_over = hand_over
-        self._local_tokens = local_tokens
-        self._open = True
-        decode.own_requests += 1
-        decode.own_tokens += local_tokens
+        self.route = route
+        self._on_decode = Claim(decode, local_tokens)
+        self._on_prefill: Claim | None = None
         if hand_over is not None:
+            self._on_prefill = Claim(hand_over.prefill, hand_over.uncached_tokens)
             hand_over.prefill.on_lost.add(self._release_lease)
+
+    def prefilled(self) -> None:
+        """The prefill worker has answered, or never will. Idempotent."""
+        if self._on_prefill is not None:
+            self._on_prefill.end()
 
     def joined(self) -> None:
         """The prompt's KV is in the decode worker's pool, or never will be. Idempotent."""
         self._release_lease()
-        self.decode.own_tokens -= self._local_tokens
-        self._local_tokens = 0
+        self._on_decode.computed()
 
     def close(self) -> None:
         """The request has left. Idempotent."""
+        self.prefilled()
         self.joined()
-        if self._open:
-            self._open = False
-            self.decode.own_requests -= 1
+        self._on_decode.end()
 
     def _release_lease(self) -> None:
         if self.hand_over is not None:
@@ -116,9 +124,8 @@ class Planner:
         prefillers = _without(ready, avoid) or ready
         if even_if_short or len(request.prompt) >= self._local_prefill_tokens:
             plan = await self._split(request, prefillers, decoders, always=even_if_short)
-            if plan is not None:
-                return plan
-        return self._local(decoders, request)
+            return plan or self._local(decoders, request, "local")
+        return self._local(decoders, request, "short")
 
     async def plan_resume(
         self, request: Request, model_fingerprint: bytes, avoid: Collection[str] = ()
@@ -131,7 +138,7 @@ class Planner:
         decoders = await self._decoders(
             request, lambda worker: worker.model_fingerprint == model_fingerprint
         )
-        return self._local(_without(decoders, avoid) or decoders, request)
+        return self._local(_without(decoders, avoid) or decoders, request, "local")
 
     async def _decoders(
         self, request: Request, fits: Callable[[Worker], bool] = lambda worker: True
@@ -160,10 +167,10 @@ class Planner:
                 continue
             decode, prefill, lease = await self._choose(request, likely, writers, readers)
             uncached = length - decode.cached_tokens
-            is_short = uncached < self._local_prefill_tokens
-            if not always and (is_short or self._overflow.takes(length, prefill, decode)):
+            route = "split" if always else self._route(request, uncached, prefill, decode)
+            if route != "split":
                 _release(lease)
-                return Plan(decode.worker, local_tokens=uncached)
+                return Plan(decode.worker, local_tokens=uncached, route=route)
             writer = prefill.worker
             lease = await self._moved(lease, writer)
             if lease is not None:
@@ -227,10 +234,18 @@ class Planner:
         most = len(request.prompt)
         return {holder: min(n * layout.block_tokens, most) for holder, n in blocks.items()}
 
-    def _local(self, decoders: Sequence[Worker], request: Request) -> Plan:
+    def _route(self, request: Request, uncached: int, prefill: Candidate, decode: Candidate) -> str:
+        if uncached < self._local_prefill_tokens:
+            return "short"
+        # A decode worker computes a prompt anew for each choice that begins before the first is
+        # done with it.
+        is_one = request.sampling.n == 1
+        return "overflow" if is_one and self._overflow.takes(uncached, prefill, decode) else "split"
+
+    def _local(self, decoders: Sequence[Worker], request: Request, route: str) -> Plan:
         candidates = [Candidate(worker) for worker in decoders]
         decode = self._policy.choose_decode(candidates, len(request.prompt)).worker
-        return Plan(decode, local_tokens=len(request.prompt))
+        return Plan(decode, local_tokens=len(request.prompt), route=route)
 
 
 def _release(lease: HeldLease | None) -> None:

@@ -16,11 +16,8 @@ async def prefill(
     request_id: str,
     lease: common_pb2.LeaseRef,
     timeout_s: float,
-    *,
-    uncached_tokens: int,
 ) -> prefill_pb2.PrefillResponse:
-    """Compute the prompt there and return the first tokens. Cancelling cancels it there. So many
-    tokens of it count on the worker meanwhile.
+    """Compute the prompt there and return the first tokens. Cancelling cancels it there.
 
     Raises the error that the worker's status stands for; a worker that is gone is Unavailable.
     """
@@ -32,8 +29,6 @@ async def prefill(
         cache_salt=request.cache_salt,
         lease=lease,
     )
-    worker.own_requests += 1
-    worker.own_tokens += uncached_tokens
     call = stub.Prefill(message, timeout=timeout_s)
     try:
         response: prefill_pb2.PrefillResponse = await call
@@ -42,5 +37,3 @@ async def prefill(
         raise error_from_rpc(error) from error
     finally:
         call.cancel()
-        worker.own_requests -= 1
-        worker.own_tokens -= uncached_tokens

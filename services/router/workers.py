@@ -34,8 +34,9 @@ class Worker:
 
     `own_requests` and `own_tokens` count this router's requests that the worker has now, and prompt
     tokens that it is to compute. They are exact and immediate where the worker's report is of a
-    moment ago. `rate_told_s` is when it last reported another rate of prefill. What is in `on_lost`
-    is called when this run of the worker's process is gone; it must not wait.
+    moment ago. `told_rate` is which run of the process last said how fast it computes prompts and
+    what, and `rate_told_s` when it first said so. What is in `on_lost` is called when this run of
+    the worker's process is gone; it must not wait.
     """
 
     def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
@@ -44,6 +45,7 @@ class Worker:
         self.state: worker_pb2.WorkerState | None = None
         self.heard_s = 0.0
         self.rate_told_s = 0.0
+        self.told_rate = ("", 0.0)
         self.own_requests = 0
         self.own_tokens = 0
         self.on_lost: set[Callable[[], None]] = set()
@@ -79,6 +81,28 @@ class Worker:
         """Requests that run or wait there, as reported or as given, whichever is more."""
         reported = self.state.running + self.state.waiting if self.state is not None else 0
         return max(reported, self.own_requests)
+
+
+class Claim:
+    """One request on a worker, and the prompt tokens that this one is to compute for it."""
+
+    def __init__(self, worker: Worker, num_tokens: int) -> None:
+        self._worker = worker
+        self._num_requests = 1
+        self._num_tokens = num_tokens
+        worker.own_requests += 1
+        worker.own_tokens += num_tokens
+
+    def computed(self) -> None:
+        """The tokens are done. Idempotent."""
+        self._worker.own_tokens -= self._num_tokens
+        self._num_tokens = 0
+
+    def end(self) -> None:
+        """The worker has nothing of the request any more. Idempotent."""
+        self.computed()
+        self._worker.own_requests -= self._num_requests
+        self._num_requests = 0
 
 
 class WorkerPool:
@@ -218,8 +242,9 @@ class WorkerPool:
         if worker.id != state.worker_id:
             _log.info("%s worker %s at %s", self.tier, state.worker_id, worker.address)
         worker.heard_s = self._clock()
-        if worker.prefill_tokens_per_s != state.prefill_tokens_per_s:
-            worker.rate_told_s = worker.heard_s
+        rate = (state.worker_id, state.prefill_tokens_per_s)
+        if worker.told_rate != rate:
+            worker.told_rate, worker.rate_told_s = rate, worker.heard_s
         worker.state = state
         self._changed.set()
         return True

@@ -155,4 +155,6 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-step-tokens", type=positive, metavar="N", help="tokens in one step")
     group.add_argument("--max-context-tokens", type=positive, metavar="N", help="longest context")
     group.add_argument("--arena-bytes", type=positive, metavar="N", help="memory of the KV store")
-    group.add_argument("--transport", choices=("auto", "shm", "grpc"), help="of KV blocks")
+    group.add_argument(
+        "--transport", choices=("auto", "device", "shm", "grpc"), help="of KV blocks"
+    )

@@ -31,6 +31,8 @@ PagesListener = Callable[[list[bytes], list[bytes]], None]
 
 _PAUSE_AFTER_FAULT_S = 0.1
 _LOOK_EVERY_S = 0.0002
+_LAUNCH_AHEAD_S = 0.005
+"""So long before a step is over the next one is planned and launched, so as not to be late."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,12 @@ class CoreConfig:
 
 @dataclass(frozen=True)
 class CoreStats:
-    """A snapshot between two steps. `stuck_s` is how long the present step has been running."""
+    """A snapshot between two steps. `running` have their pages; `in_batch` are those of them that
+    await neither KV nor a first token. `stuck_s` is how long the present step has been running.
+    """
 
     running: int
+    in_batch: int
     waiting: int
     queued_tokens: int
     total_pages: int
@@ -90,7 +95,7 @@ class EngineCore:
         self._thread: threading.Thread | None = None
         self._steps = 0
         self._failed_steps = 0
-        self._prefilled = PrefillRate(config.max_step_tokens - engine.spec.block_tokens)
+        self._prefilled = PrefillRate(config.max_step_tokens)
         self._step_began = 0.0
         self._queued_tokens = 0
 
@@ -172,6 +177,7 @@ class EngineCore:
         scheduler = self._scheduler
         return CoreStats(
             running=len(scheduler.running) + len(scheduler.ready) + len(scheduler.loading),
+            in_batch=len(scheduler.running) + len(scheduler.ready),
             waiting=len(scheduler.waiting) + len(self._inbox),
             queued_tokens=self._queued_tokens,
             total_pages=self._pool.num_pages,
@@ -190,8 +196,8 @@ class EngineCore:
 
         On an `AsyncEngine` the step that is emitted is the one before the one launched: the device
         has work while the host reads tokens, tells of them and plans. With nothing to launch it
-        waits for the step in flight or for news, whichever comes first: who comes while a prompt is
-        computed is launched behind it, not after it.
+        waits for the step in flight, and shortly before that is over for news: who has come while a
+        prompt was computed is launched behind it, not after it.
         """
         landing = bool(self._flights)
         self._read_inbox()
@@ -223,13 +229,16 @@ class EngineCore:
             self._news.wait_for(lambda: self._inbox or self._stopping, timeout_s)
 
     def _hears_before_landing(self) -> bool:
-        """Whether there is news before the oldest step in flight is over, if there is one."""
-        while self._flights and not self._flights.is_down():
-            with self._news:
-                self._news.wait_for(lambda: self._inbox or self._stopping, _LOOK_EVERY_S)
-            if self._inbox or self._stopping:
+        """Whether there is news, when the step in flight is about to be over and is not."""
+        while self._flights and not self._flights.oldest.launched.done():
+            if self._goes_on():
                 return bool(self._inbox)
+            with self._news:
+                self._news.wait_for(self._goes_on, _LOOK_EVERY_S)
         return False
+
+    def _goes_on(self) -> bool:
+        return self._stopping or (bool(self._inbox) and time.monotonic() >= self._launch_at())
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -359,5 +368,17 @@ class EngineCore:
     def _measure(self, flight: Flight) -> None:
         """A step on a device begins when the one before has ended."""
         seconds = time.monotonic() - max(flight.began_s, self._landed_at)
-        prompt_tokens = sum(chunk.size for chunk in flight.chunks if chunk.size > 1)
-        self._prefilled.add(prompt_tokens, sum(chunk.size for chunk in flight.chunks), seconds)
+        all_tokens = sum(chunk.size for chunk in flight.chunks)
+        self._prefilled.add(_prompt_tokens(flight), all_tokens, seconds)
+
+    def _launch_at(self) -> float:
+        """When to launch what comes meanwhile: shortly before the step in flight is over, as far as
+        the rate tells, so that all who come by then share the next one.
+        """
+        flight, rate = self._flights.oldest, self._prefilled.per_s
+        length_s = _prompt_tokens(flight) / rate if rate else 0.0
+        return max(flight.began_s, self._landed_at) + length_s - _LAUNCH_AHEAD_S
+
+
+def _prompt_tokens(flight: Flight) -> int:
+    return sum(chunk.size for chunk in flight.chunks if chunk.size > 1)

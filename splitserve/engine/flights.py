@@ -52,9 +52,10 @@ class Flights:
         layers_done = _layers_done(chunks, self._block)
         self._flights.append(Flight(chunks, began_s, self._launch(slices, layers_done)))
 
-    def is_down(self) -> bool:
-        """Whether the oldest step is over; there must be one."""
-        return self._flights[0].launched.done()
+    @property
+    def oldest(self) -> Flight:
+        """The next one to be read; there must be one."""
+        return self._flights[0]
 
     def next_down(self) -> Flight:
         """The oldest step, which is not in flight any more; its tokens are to be read."""

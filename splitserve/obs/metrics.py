@@ -127,6 +127,11 @@ class Metrics:
             names.LABEL_CODE,
         )
 
+        # .labels(route), see `services.router.planner.Plan`
+        self.router_plans = self._counter_family(
+            names.ROUTER_PLANS, "Ways that requests were sent, by route.", names.LABEL_ROUTE
+        )
+
     def _add_kv(self) -> None:
         self.kvstore_live_leases = self._plain_gauge(
             names.KVSTORE_LIVE_LEASES, "Leases that are live."

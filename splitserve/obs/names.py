@@ -132,6 +132,7 @@ PREFIX_CACHE_QUERIES = "prefix_cache_queries"
 PREFIX_CACHE_HITS = "prefix_cache_hits"
 
 ROUTER_SPLIT_WORKING = "router_split_working"
+ROUTER_PLANS = "router_plans"
 
 KVSTORE_LIVE_LEASES = "kvstore_live_leases"
 KVSTORE_LEASES_EXPIRED = "kvstore_leases_expired"
@@ -151,6 +152,7 @@ LABEL_FINISHED_REASON = "finished_reason"
 LABEL_CODE = "code"
 LABEL_METHOD = "method"
 LABEL_STATE = "state"
+LABEL_ROUTE = "route"
 LABEL_TRANSPORT = "transport"
 LABEL_DIRECTION = "direction"
 

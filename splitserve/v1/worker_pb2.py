@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from splitserve.v1 import common_pb2 as splitserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asplitserve/v1/worker.proto\x12\rsplitserve.v1\x1a\x1asplitserve/v1/common.proto\"\xc9\x02\n\x0bWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\tkv_layout\x18\x03 \x01(\x0b\x32\x17.splitserve.v1.KvLayout\x12\x15\n\rstore_address\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x15\n\rqueued_tokens\x18\x07 \x01(\x04\x12\x13\n\x0btotal_pages\x18\x08 \x01(\r\x12\x12\n\nfree_pages\x18\t \x01(\r\x12\x11\n\tmax_batch\x18\n \x01(\r\x12\r\n\x05ready\x18\x0b \x01(\x08\x12\x1a\n\x12max_context_tokens\x18\x0c \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\r \x01(\x02\x12\x17\n\x0fmax_step_tokens\x18\x0e \x01(\r\"(\n\x11WatchStateRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"?\n\x12WatchStateResponse\x12)\n\x05state\x18\x01 \x01(\x0b\x32\x1a.splitserve.v1.WorkerState2d\n\rWorkerService\x12S\n\nWatchState\x12 .splitserve.v1.WatchStateRequest\x1a!.splitserve.v1.WatchStateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asplitserve/v1/worker.proto\x12\rsplitserve.v1\x1a\x1asplitserve/v1/common.proto\"\xdb\x02\n\x0bWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\tkv_layout\x18\x03 \x01(\x0b\x32\x17.splitserve.v1.KvLayout\x12\x15\n\rstore_address\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x15\n\rqueued_tokens\x18\x07 \x01(\x04\x12\x13\n\x0btotal_pages\x18\x08 \x01(\r\x12\x12\n\nfree_pages\x18\t \x01(\r\x12\x11\n\tmax_batch\x18\n \x01(\r\x12\r\n\x05ready\x18\x0b \x01(\x08\x12\x1a\n\x12max_context_tokens\x18\x0c \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\r \x01(\x02\x12\x17\n\x0fmax_step_tokens\x18\x0e \x01(\r\x12\x10\n\x08in_batch\x18\x0f \x01(\r\"(\n\x11WatchStateRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"?\n\x12WatchStateResponse\x12)\n\x05state\x18\x01 \x01(\x0b\x32\x1a.splitserve.v1.WorkerState2d\n\rWorkerService\x12S\n\nWatchState\x12 .splitserve.v1.WatchStateRequest\x1a!.splitserve.v1.WatchStateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,11 +33,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'splitserve.v1.worker_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERSTATE']._serialized_start=74
-  _globals['_WORKERSTATE']._serialized_end=403
-  _globals['_WATCHSTATEREQUEST']._serialized_start=405
-  _globals['_WATCHSTATEREQUEST']._serialized_end=445
-  _globals['_WATCHSTATERESPONSE']._serialized_start=447
-  _globals['_WATCHSTATERESPONSE']._serialized_end=510
-  _globals['_WORKERSERVICE']._serialized_start=512
-  _globals['_WORKERSERVICE']._serialized_end=612
+  _globals['_WORKERSTATE']._serialized_end=421
+  _globals['_WATCHSTATEREQUEST']._serialized_start=423
+  _globals['_WATCHSTATEREQUEST']._serialized_end=463
+  _globals['_WATCHSTATERESPONSE']._serialized_start=465
+  _globals['_WATCHSTATERESPONSE']._serialized_end=528
+  _globals['_WORKERSERVICE']._serialized_start=530
+  _globals['_WORKERSERVICE']._serialized_end=630
 # @@protoc_insertion_point(module_scope)

@@ -68,7 +68,8 @@ class WorkerConfig(ServiceConfig):
     max_step_tokens: int = Field(
         0,
         ge=0,
-        description="most tokens of a step; 0: 512, but 2048 of a prefill worker on a GPU",
+        description="most tokens of a step; 0: 512, of prefill workers on a GPU 2048, or what "
+        "--max-batch needs",
     )
     max_queue: int = Field(4096, ge=1, description="most sequences accepted and not finished")
     deterministic: bool = Field(

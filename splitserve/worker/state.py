@@ -97,6 +97,7 @@ class StateService(worker_pb2_grpc.WorkerServiceServicer):
             max_context_tokens=me.max_context_tokens,
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             max_step_tokens=me.max_step_tokens,
+            in_batch=stats.in_batch,
         )
 
     def _tell(self) -> None:

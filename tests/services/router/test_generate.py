@@ -137,29 +137,25 @@ BUSY = {"queued_tokens": 500, "prefill_tokens_per_s": 1000.0}
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "is_local"),
+    ("decode", "n", "route"),
     [
-        (BUSY, {"prefill_tokens_per_s": 100.0}, True),  # there in 508 ms, here in 80
-        (BUSY, {"prefill_tokens_per_s": 100.0, "queued_tokens": 60}, False),  # here in 680
-        (BUSY, {}, True),  # nobody knows how fast it is here: it is tried
-        (BUSY, {"queued_tokens": 9}, False),  # with one at a time
-        (BUSY, {"max_step_tokens": 60}, False),  # in steps of about 60 ms
-        (BUSY, {"prefill_tokens_per_s": 100.0, "max_step_tokens": 6}, False),
-        (BUSY, {"running": 7, "waiting": 1}, False),  # no place in the batch
-        (BUSY, {"free_pages": 2}, False),
-        (BUSY, {"running": 7, "free_pages": 9}, False),  # pages that the others need
-        ({**BUSY, "queued_tokens": 90}, {}, False),  # it begins in 90 ms
-        ({**BUSY, "prefill_tokens_per_s": 0.0}, {}, False),  # nobody knows when it begins
+        ({"prefill_tokens_per_s": 100.0}, 1, "overflow"),  # there in 508 ms, here in 80
+        ({"prefill_tokens_per_s": 100.0, "queued_tokens": 60}, 1, "split"),  # here in 680
+        ({"prefill_tokens_per_s": 100.0}, 2, "split"),
     ],
 )
 async def test_an_overload_of_the_prefill_tier_is_shared(
-    start_suite: Any, prefill: dict[str, Any], decode: dict[str, Any], is_local: bool
+    start_suite: Any, decode: dict[str, Any], n: int, route: str
 ) -> None:
     suite = await start_suite()
-    await tell(suite, prefill, decode)
-    await suite.generate(max_tokens=3)
-    assert (suite.prefill.requests == []) == is_local
-    assert suite.decode.submits[0].HasField("lease") != is_local
+    await tell(suite, BUSY, decode)
+    await suite.generate(max_tokens=3, n=n)
+    assert bool(suite.prefill.requests) == (route == "split")
+    assert suite.decode.submits[0].HasField("lease") == (route == "split")
+    counted = suite.router.metrics.registry.get_sample_value(
+        "splitserve_router_plans_total", {"route": route}
+    )
+    assert counted >= 1
     await suite.assert_nothing_left()
 
 

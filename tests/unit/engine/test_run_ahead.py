@@ -352,6 +352,47 @@ def test_who_comes_while_a_step_is_computed_is_launched_behind_it() -> None:
     assert engine.most_in_flight == 2
 
 
+def test_who_comes_long_before_a_step_is_over_waits_for_others() -> None:
+    """By the rate the step takes another hour."""
+    heard: list[SequenceOutput] = []
+    engine = LateEngine(num_pages=40)
+    core = make_core(engine, heard)
+    core._prefilled.add(64, 64, 64 * 3600.0)
+    names = iter(["second", "third"])
+
+    def is_done() -> bool:
+        name = next(names, None)
+        if name:
+            core.submit(prefill_of(name))
+        return name is None
+
+    engine.is_done = is_done
+    core.submit(prefill_of("first"))
+    assert core.step()
+    assert core.step()
+    assert (engine.launches, len(heard)) == (1, 1), "read, with nothing launched behind it"
+    assert core.step()
+    assert engine.slots == [0, 1], "both of them"
+    run(core)
+    assert len(heard) == 3
+
+
+def test_a_core_that_is_stopped_reads_what_is_in_flight() -> None:
+    heard: list[SequenceOutput] = []
+    engine = LateEngine(num_pages=40)
+    core = make_core(engine, heard)
+
+    def is_done() -> bool:
+        core._stopping = True
+        return False
+
+    engine.is_done = is_done
+    core.submit(prefill_of("first"))
+    assert core.step()
+    assert core.step()
+    assert [output.prefill_done for output in heard] == [True]
+
+
 def test_news_that_are_nothing_to_launch_do_not_land_a_step() -> None:
     heard: list[SequenceOutput] = []
     engine = LateEngine(num_pages=40)

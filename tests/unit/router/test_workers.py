@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
-from services.router.workers import STALE_AFTER_S, WorkerPool
+from services.router.workers import STALE_AFTER_S, Worker, WorkerPool
 from splitserve.v1 import worker_pb2, worker_pb2_grpc
 
 
@@ -149,3 +149,23 @@ async def test_an_address_that_never_answered_is_dropped(open_pool: Any) -> None
     assert pool.num_watched == 1
     targets.addresses = frozenset()
     await until(lambda: pool.num_watched == 0)
+
+
+def test_a_rate_is_as_old_as_its_first_report() -> None:
+    """Also if the router has lost sight of the worker meanwhile."""
+    clock = Clock()
+    nothing = cast(Any, None)
+    pool, one = WorkerPool("decode", nothing, nothing, "", clock), Worker("a", nothing)
+
+    def told(**state: Any) -> float:
+        clock.now += 10
+        pool._take(one, worker_pb2.WorkerState(**state))
+        return one.rate_told_s
+
+    first = told(worker_id="x", prefill_tokens_per_s=5)
+    assert first == clock.now
+    assert told(worker_id="x", prefill_tokens_per_s=5) == first
+    one.state = None
+    assert told(worker_id="x", prefill_tokens_per_s=5) == first
+    assert told(worker_id="x", prefill_tokens_per_s=6) == clock.now
+    assert told(worker_id="y", prefill_tokens_per_s=6) == clock.now
