@@ -39,7 +39,7 @@ class Canary:
             try:
                 record = RequestRecord(request, ticket, self._metrics, model="")
                 stream = OutputStream(request, [NoText()], record, MAX_PENDING_BYTES)
-                return await self._dispatcher.run(request, stream, even_if_short=True)
+                return await self._dispatcher.run(request, stream, always_split=True)
             finally:
                 ticket.release()
 

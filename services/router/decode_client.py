@@ -144,13 +144,14 @@ class DecodeLink:
             self._break(reason)
 
     def _dispatch(self, response: decode_pb2.AttachResponse) -> None:
-        sessions = self._sessions
+        news, sessions = response.tokens, self._sessions
+        # All of them before the first is told: lists that do not match say nothing.
+        tokens = list(zip(news.tags, news.token_indexes, news.token_ids, strict=True))
         for delta in response.deltas:
             session = sessions.get(delta.request_id)
             if session is not None:
                 session.on_delta(delta)
-        news = response.tokens
-        for tag, index, token in zip(news.tags, news.token_indexes, news.token_ids, strict=True):
+        for tag, index, token in tokens:
             of_choice = self._tagged.get(tag)
             if of_choice is not None:
                 session, choice = of_choice

@@ -77,18 +77,18 @@ class Dispatcher:
         self._max_attempts = max_attempts
 
     async def run(
-        self, request: Request, stream: OutputStream, *, even_if_short: bool = False
+        self, request: Request, stream: OutputStream, *, always_split: bool = False
     ) -> bool:
         """Fill `stream` to its end. Raises what ended it early; everything is then freed.
 
-        Returns whether the last attempt went through the prefill tier; with `even_if_short` it
+        Returns whether the last attempt went through the prefill tier; with `always_split` it
         does whatever the prompt's length, if that tier is in service.
         """
         avoid: set[str] = set()
         for attempt in range(self._max_attempts):
             name = f"{request.key}.{attempt}"
             try:
-                return await self._attempt(request, name, stream, avoid, even_if_short)
+                return await self._attempt(request, name, stream, avoid, always_split)
             except _RETRIED as error:
                 last = attempt == self._max_attempts - 1
                 if isinstance(error, _FINAL) or last:
@@ -108,9 +108,9 @@ class Dispatcher:
         name: str,
         stream: OutputStream,
         avoid: set[str],
-        even_if_short: bool,
+        always_split: bool,
     ) -> bool:
-        plan = await self._plan(request, stream, avoid, even_if_short)
+        plan = await self._plan(request, stream, avoid, always_split)
         try:
             await self._carry_out(plan, request, name, stream, avoid)
         finally:
@@ -118,14 +118,14 @@ class Dispatcher:
         return plan.hand_over is not None
 
     async def _plan(
-        self, request: Request, stream: OutputStream, avoid: set[str], even_if_short: bool
+        self, request: Request, stream: OutputStream, avoid: set[str], always_split: bool
     ) -> Plan:
         with self._tracing.tracer.start_as_current_span(names.SPAN_PLAN) as span:
             if stream.started:
                 span.add_event(names.EVENT_RESUMED)
                 plan = await self._planner.plan_resume(request, stream.model_fingerprint, avoid)
             else:
-                plan = await self._planner.plan(request, avoid, even_if_short=even_if_short)
+                plan = await self._planner.plan(request, avoid, always_split=always_split)
                 stream.model_fingerprint = plan.model_fingerprint
             span.set_attribute(names.DECODE_WORKER, plan.decode.id)
             if plan.hand_over is not None:

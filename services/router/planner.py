@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from services.router.overflow import Overflow
 from services.router.policy import Candidate, Policy
@@ -16,6 +17,8 @@ from splitserve.errors import NoWorker, SplitserveError
 from splitserve.kv.keys import chain_keys, root_key
 
 _log = logging.getLogger(__name__)
+
+Route = Literal["split", "short", "overflow", "local"]
 
 MAX_LOOKUPS = 8
 """Most directories asked for one request. Where there are more, they share one in Redis."""
@@ -46,7 +49,7 @@ class Plan:
         hand_over: HandOver | None = None,
         *,
         local_tokens: int = 0,
-        route: str = "split",
+        route: Route = "split",
     ) -> None:
         self.decode = decode
         self.model_fingerprint = decode.model_fingerprint
@@ -111,19 +114,19 @@ class Planner:
         self._worker_wait_s = worker_wait_s
 
     async def plan(
-        self, request: Request, avoid: Collection[str] = (), *, even_if_short: bool = False
+        self, request: Request, avoid: Collection[str] = (), *, always_split: bool = False
     ) -> Plan:
         """The way of a new request. Workers at addresses in `avoid` are taken only if need be.
 
-        With `even_if_short` it goes through the prefill tier whatever the prompt's length and that
+        With `always_split` it goes through the prefill tier whatever the prompt's length and that
         tier's load, if it is in service. Raises NoWorker.
         """
         decoders = await self._decoders(request)
         decoders = _without(decoders, avoid) or decoders
         ready = self._prefill.ready()
         prefillers = _without(ready, avoid) or ready
-        if even_if_short or len(request.prompt) >= self._local_prefill_tokens:
-            plan = await self._split(request, prefillers, decoders, always=even_if_short)
+        if always_split or len(request.prompt) >= self._local_prefill_tokens:
+            plan = await self._split(request, prefillers, decoders, always_split=always_split)
             return plan or self._local(decoders, request, "local")
         return self._local(decoders, request, "short")
 
@@ -152,11 +155,16 @@ class Planner:
         return ready
 
     async def _split(
-        self, request: Request, prefillers: list[Worker], decoders: list[Worker], *, always: bool
+        self,
+        request: Request,
+        prefillers: list[Worker],
+        decoders: list[Worker],
+        *,
+        always_split: bool,
     ) -> Plan | None:
         """A way with a hand-over, over another store if one grants no lease; None without any.
 
-        Unless it is to be taken `always`, the local way is planned where that is better.
+        Unless with `always_split`, the local way is planned where that is better.
         """
         length = len(request.prompt)
         while prefillers:
@@ -167,7 +175,9 @@ class Planner:
                 continue
             decode, prefill, lease = await self._choose(request, likely, writers, readers)
             uncached = length - decode.cached_tokens
-            route = "split" if always else self._route(request, uncached, prefill, decode)
+            route: Route = (
+                "split" if always_split else self._route(request, uncached, prefill, decode)
+            )
             if route != "split":
                 _release(lease)
                 return Plan(decode.worker, local_tokens=uncached, route=route)
@@ -234,7 +244,9 @@ class Planner:
         most = len(request.prompt)
         return {holder: min(n * layout.block_tokens, most) for holder, n in blocks.items()}
 
-    def _route(self, request: Request, uncached: int, prefill: Candidate, decode: Candidate) -> str:
+    def _route(
+        self, request: Request, uncached: int, prefill: Candidate, decode: Candidate
+    ) -> Route:
         if uncached < self._local_prefill_tokens:
             return "short"
         # A decode worker computes a prompt anew for each choice that begins before the first is
@@ -242,7 +254,7 @@ class Planner:
         is_one = request.sampling.n == 1
         return "overflow" if is_one and self._overflow.takes(uncached, prefill, decode) else "split"
 
-    def _local(self, decoders: Sequence[Worker], request: Request, route: str) -> Plan:
+    def _local(self, decoders: Sequence[Worker], request: Request, route: Route) -> Plan:
         candidates = [Candidate(worker) for worker in decoders]
         decode = self._policy.choose_decode(candidates, len(request.prompt)).worker
         return Plan(decode, local_tokens=len(request.prompt), route=route)

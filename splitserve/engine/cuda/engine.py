@@ -241,7 +241,8 @@ class CudaEngine:
             return plan, shape, self._forward(shape, self._send(plan, shape), layer_done)
 
     def _send(self, plan: StepPlan, shape: StepShape, out: Tensor | None = None) -> Tensor:
-        """The step's numbers on the device, (shape.size,). What it needs of slots is there, too.
+        """The step's numbers on the device, first of what is returned. What it needs of slots is
+        there, too.
 
         One copy brings both. A recorded step's `out` has room for `NEWS_ROOM` numbers of news: more
         of them, as when long sequences join, go ahead in one of their own.
@@ -259,5 +260,6 @@ class CudaEngine:
             news.lay_out(numbers[shape.size :])
 
         sent = self._staging.send(shape.size + news.size, fill, out)
-        self._slots.apply(news, sent[shape.size :])
-        return sent[: shape.size]
+        if news.size:
+            self._slots.apply(news, sent[shape.size :])
+        return sent

@@ -85,8 +85,7 @@ class SlotTable:
 
     def apply(self, news: SlotNews, sent: Tensor) -> None:
         """Put news in their places; `sent` is what they were laid out as, on the device."""
-        if news.size:
-            apply_slot_news(self.tokens, self.pages, sent, len(news.before), len(news.places))
+        apply_slot_news(self.tokens, self.pages, sent, len(news.before), len(news.places))
 
     def warm_up(self) -> None:
         """Compile what `apply` launches: pages of nobody and tokens stay as they are."""

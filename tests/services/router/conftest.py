@@ -125,6 +125,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
     live: dict[str, Live] = field(default_factory=dict)
     hold_at: int | None = None
     skip_index_at: int | None = None
+    uneven_at: int | None = None
     error: decode_pb2.SequenceError | None = None
     step_s: float = 0.0
     endless: bool = False
@@ -139,6 +140,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
                 news = decode_pb2.AttachResponse(step=step)
                 for delta in self._step(mine):
                     _tell(news, delta, mine)
+                    if self.uneven_at == delta.first_token_index:
+                        news.tokens.tags.append(0)
                 if news.deltas or news.tokens.tags:
                     await context.write(news)
                     await asyncio.sleep(self.step_s)

@@ -329,6 +329,20 @@ async def test_a_gap_in_the_tokens_never_reaches_the_client(start_suite: Any, to
     await suite.assert_nothing_left()
 
 
+async def test_lists_of_tokens_that_do_not_match_break_the_stream(
+    start_suite: Any, tools: Any, caplog: Any
+) -> None:
+    """Whose tokens they are cannot be told: every request there goes on elsewhere."""
+    suite = await start_suite(decodes=2)
+    suite.store.holders = {"decode-0": 2}
+    suite.decodes[0].uneven_at = 3
+    messages = await suite.generate(max_tokens=6)
+    assert tools.token_ids(messages) == tools.tokens_after(PROMPT, 6)
+    assert list(suite.decodes[1].submits[0].resume[0].token_ids) == tools.tokens_after(PROMPT, 3)
+    assert "reading from decode worker" in caplog.text
+    await suite.assert_nothing_left()
+
+
 async def test_attempts_are_bounded(start_suite: Any) -> None:
     suite = await start_suite(flags=["--max-attempts=3"])
     suite.decode.error = decode_pb2.SequenceError(

@@ -185,6 +185,21 @@ async def test_cached_tokens_do_not_count_as_work(start_suite: Any) -> None:
     await suite.assert_nothing_left()
 
 
+async def test_a_prompt_that_is_computed_counts_on_the_prefill_worker_no_more(
+    start_suite: Any,
+) -> None:
+    suite = await start_suite()
+    (worker,) = suite.router.pools[0].known()
+    suite.decode.hold_at = 1
+    call = asyncio.ensure_future(suite.generate(max_tokens=3))
+    await suite.until(lambda: bool(suite.decode.starts))
+    await suite.until(lambda: (worker.own_requests, worker.own_tokens) == (0, 0))
+    assert not call.done()
+    suite.decode.release()
+    await call
+    await suite.assert_nothing_left()
+
+
 async def tell(suite: Any, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
     """Have the workers report these, and the router hear of them."""
     states = suite.states[suite.prefill.address], suite.states[suite.decode.address]
