@@ -134,7 +134,7 @@ def _words(memory: Tensor, dtype: torch.dtype) -> Tensor:
     return memory.view(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pages"])
 def _copy_pages(
     # pointers
     pool: tl.tensor,
@@ -162,7 +162,7 @@ def _copy_pages(
         tl.store(in_pool, tl.load(in_rows, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["source_pages", "target_pages"])
 def _copy_whole_pages(
     # pointers
     source: tl.tensor,

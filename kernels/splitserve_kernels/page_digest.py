@@ -20,10 +20,11 @@ _TILE = 1024
 _TILES_A_PROGRAM = 8
 
 
-def digest_pages(pool: Tensor, pages: Sequence[int]) -> list[bytes]:
+def digest_pages(pool: Tensor, pages: Sequence[int], numbers: Tensor | None = None) -> list[bytes]:
     """16 bytes of each page. Waits for the device.
 
     pool: (num_pages, page_bytes) uint8, contiguous; page_bytes a multiple of 8
+    numbers: (len(pages),) int64, the same pages where the pool is, for who has them there
 
     Raises `ValueError` for another shape or type, `IndexError` for a page that is not there.
     """
@@ -35,10 +36,12 @@ def digest_pages(pool: Tensor, pages: Sequence[int]) -> list[bytes]:
         return []
     words = pool.shape[1] // WORD_BYTES
     parts = triton.cdiv(words, _TILE * _TILES_A_PROGRAM)
+    if numbers is None:
+        numbers = torch.tensor(pages, dtype=torch.int64, device=pool.device)
     sums = torch.empty((len(pages), parts, LANES), dtype=torch.int64, device=pool.device)
     _sum_parts[(len(pages), parts)](
         pool.view(torch.int64),
-        torch.tensor(pages, dtype=torch.int64, device=pool.device),
+        numbers,
         sums,
         words,
         STEP_0=STEPS[0],
@@ -55,7 +58,7 @@ def digest_pages(pool: Tensor, pages: Sequence[int]) -> list[bytes]:
     return finish(totals, pool.shape[1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pages"])
 def _sum_parts(
     # pointers
     pool: tl.tensor,

@@ -86,7 +86,11 @@ class HandOver:
         self._pending: list[Block] = []
         self._news = asyncio.Event()
         self._pool = PoolBlocks(
-            lease, num_layers=spec.num_layers, news=self._news, ask_every_s=ask_every_s
+            lease,
+            num_layers=spec.num_layers,
+            layer_group=spec.layer_group,
+            news=self._news,
+            ask_every_s=ask_every_s,
         )
         self._is_reserved = False
         self._cancelled = False

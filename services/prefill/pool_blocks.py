@@ -1,7 +1,8 @@
 """The blocks of one prompt that stay in the worker's pool until they were read.
 
-Each is told of layer by layer, for readers that copy ahead, which nothing here waits for; digested
-once it is whole; named on the receipt; and committed where it is. From then on its page is kept
+Each is told of when its last group of layers is all that is missing, for readers that copy ahead,
+which nothing here waits for; digested once it is whole; named on the receipt; and committed where
+it is. From then on its page is kept
 until the store says that the block is gone: it was read, or its leases have ended. While nothing
 else is left to do the store is asked for the lease as well, so that no page is kept for one that
 has ended, or for a store that does not answer.
@@ -42,10 +43,18 @@ class PoolBlocks:
     """Implements `ShareListener`. `news` is set whenever there is something to do."""
 
     def __init__(
-        self, lease: Lease, *, num_layers: int, news: asyncio.Event, ask_every_s: float
+        self,
+        lease: Lease,
+        *,
+        num_layers: int,
+        layer_group: int,
+        news: asyncio.Event,
+        ask_every_s: float,
     ) -> None:
         self._lease = lease
         self._num_layers = num_layers
+        # Each report costs the store and the reader more time than the copy of a group does.
+        self._told_from = max(1, num_layers - layer_group)
         self._news = news
         self._ask_every_s = ask_every_s
         self._kept: dict[bytes, Block] = {}
@@ -136,7 +145,8 @@ class PoolBlocks:
         whole = [block for block in blocks if block.ready == self._num_layers]
         for block in whole:
             self._untold.pop(block.key, None)
-        self._tell(store, share, [block for block in blocks if block.ready < self._num_layers])
+        worth_telling = range(self._told_from, self._num_layers)
+        self._tell(store, share, [block for block in blocks if block.ready in worth_telling])
         if whole:
             places = [(block.key, block.num_tokens, block.page) for block in whole]
             digests = await store.seal_pages(places)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +24,7 @@ from splitserve_kernels.page_digest import digest_pages
 from torch import Tensor
 
 from splitserve.engine.device_memory import MappedMemory, export_memory
-from splitserve.kv.pages import PeerPool
+from splitserve.kv.pages import LayerRun, PeerPool
 
 _HEAD: Final = struct.Struct("<16sQ")
 """In front of a handle: the pool's random name and the bytes of a page."""
@@ -119,24 +120,27 @@ class DevicePages:
 
     @torch.inference_mode()
     def copy_from_peer(
-        self,
-        peer: PeerPool,
-        pages: Sequence[int],
-        own_pages: Sequence[int],
-        first_layer: int,
-        end_layer: int,
-    ) -> None:
+        self, peer: PeerPool, runs: Sequence[LayerRun], digested: Sequence[int] = ()
+    ) -> list[bytes]:
         """See `SharesPages.copy_from_peer`."""
         if not isinstance(peer, DevicePeer):
             raise TypeError("the pool is not a GPU's")
         theirs = peer.pages()
-        if any(not 0 <= page < len(theirs) for page in pages):
+        if any(not 0 <= page < len(theirs) for run in runs for page in run.pages):
             raise OSError(f"the pool has {len(theirs)} pages")
-        part = slice(first_layer * self._layer_bytes, end_layer * self._layer_bytes)
+        layer = self._layer_bytes
+        lists = [pages for run in runs for pages in (run.pages, run.own_pages)]
         try:
             with self._queued():
-                numbers = torch.tensor([list(pages), list(own_pages)], device=self._pool.device)
-                copy_pages(theirs[:, part], numbers[0], self._pool[:, part], numbers[1])
+                # All in one: the wait for it, beside busy threads, costs more than any of the work.
+                numbers = torch.tensor(list(chain(*lists, digested)), device=self._pool.device)
+                parts = torch.split(numbers, [*map(len, lists), len(digested)])
+                *of_runs, of_digested = parts
+                for run, pages, own_pages in zip(runs, of_runs[::2], of_runs[1::2], strict=True):
+                    first, end = run.first_layer * layer, run.end_layer * layer
+                    source, target = theirs[:, first:end], self._pool[:, first:end]
+                    copy_pages(source, pages, target, own_pages)
+                return digest_pages(self._pool, digested, of_digested)
         except RuntimeError as error:
             raise OSError(f"the copy failed: {error}") from error
 
@@ -169,7 +173,8 @@ class DevicePages:
                 yield
             finally:
                 event.record(self._stream)
-                event.synchronize()
+                if not event.query():  # type: ignore[no-untyped-call]
+                    event.synchronize()
 
 
 class DevicePeer:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from splitserve_kernels.page_digest_rules import digest_pages_reference
 
 from splitserve.engine.fake import FakeEngine
-from splitserve.kv.pages import PeerPool
+from splitserve.kv.pages import LayerRun, PeerPool
 
 _HANDLE = struct.Struct("<QQQ")
 """Process, descriptor, bytes of a page."""
@@ -51,22 +51,19 @@ class SharedFakeEngine(FakeEngine):
             return FakePeer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), page_bytes)
 
     def copy_from_peer(
-        self,
-        peer: PeerPool,
-        pages: Sequence[int],
-        own_pages: Sequence[int],
-        first_layer: int,
-        end_layer: int,
-    ) -> None:
+        self, peer: PeerPool, runs: Sequence[LayerRun], digested: Sequence[int] = ()
+    ) -> list[bytes]:
         """See `SharesPages.copy_from_peer`."""
         if not isinstance(peer, FakePeer):
             raise TypeError("the pool is not a fake engine's")
         theirs = peer.pages()
-        if any(not 0 <= page < len(theirs) for page in pages):
-            raise OSError(f"the pool has {len(theirs)} pages")
         layer = self.spec.layer_bytes
-        part = slice(first_layer * layer, end_layer * layer)
-        self._bytes[list(own_pages), part] = theirs[list(pages), part]
+        for run in runs:
+            if any(not 0 <= page < len(theirs) for page in run.pages):
+                raise OSError(f"the pool has {len(theirs)} pages")
+            part = slice(run.first_layer * layer, run.end_layer * layer)
+            self._bytes[list(run.own_pages), part] = theirs[list(run.pages), part]
+        return self.digest_pages(digested)
 
     def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
         """See `SharesPages.digest_pages`."""

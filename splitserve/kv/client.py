@@ -25,7 +25,7 @@ from splitserve.kv.block_client import BlockClient
 from splitserve.kv.control import RPC_TIMEOUT_S, StoreControl, typed_errors
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout, Lease, PartialBlock, PoolPage, ReadableBlock
-from splitserve.kv.page_mover import LayerCopy, PageMover, PagePart, all_ended
+from splitserve.kv.page_mover import PageMover, PagePart, all_ended
 from splitserve.kv.pages import PageAccess, PeerPool, SharesPages
 from splitserve.kv.peer_pools import PeerPools
 from splitserve.kv.pool_sharing import PoolShare, PoolSharing, ShareListener
@@ -212,14 +212,15 @@ class KvStoreClient(BlockClient):
         pools = {block.pool_page.pool_id for block in blocks}
         mapped = pools.intersection(self._peers_of_pools.mapped)
         for pool_id in mapped:
-            copies = [
-                LayerCopy(block.pool_page.page, page, first, block.num_layers)
-                for block, pages, first in zip(blocks, targets, first_layers, strict=True)
-                for page in pages
-                if block.pool_page.pool_id == pool_id
-            ]
+            of_pool = [i for i, b in enumerate(blocks) if b.pool_page.pool_id == pool_id]
             async with self._peer(pool_id) as peer:
-                await mover.copy_ahead(self._shared, peer, copies)
+                await mover.copy_ahead(
+                    self._shared,
+                    peer,
+                    [blocks[i] for i in of_pool],
+                    [targets[i] for i in of_pool],
+                    [first_layers[i] for i in of_pool],
+                )
         return [block.pool_page.pool_id in mapped for block in blocks]
 
     async def take_pages(

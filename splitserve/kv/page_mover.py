@@ -24,8 +24,15 @@ import numpy as np
 from splitserve.errors import BlockCorrupt
 from splitserve.kv.codec import BlockHasher, block_digest, sealed_digest
 from splitserve.kv.copier import Copier
-from splitserve.kv.layout import KvLayout, Lease, ReadableBlock, Reservation
-from splitserve.kv.pages import PageAccess, PeerPool, SharesPages
+from splitserve.kv.layout import (
+    KvLayout,
+    Lease,
+    PartialBlock,
+    PoolPage,
+    ReadableBlock,
+    Reservation,
+)
+from splitserve.kv.pages import LayerRun, PageAccess, PeerPool, SharesPages
 from splitserve.kv.staging import Staging
 from splitserve.kv.transports.base import Transport
 from splitserve.kv.transports.shm import ShmTransport
@@ -52,16 +59,6 @@ class PagePart:
     first_layer: int
     end_layer: int
     hasher: BlockHasher
-
-
-@dataclass(frozen=True)
-class LayerCopy:
-    """Layers [first_layer, end_layer) of a peer's page, to be copied to an own one."""
-
-    page: int
-    own_page: int
-    first_layer: int
-    end_layer: int
 
 
 class PageMover:
@@ -148,20 +145,22 @@ class PageMover:
         """Copies each block from its page of the peer, from its first layer on, to own pages. Which
         of them are whole.
         """
-        num_layers = self._layout.block_bytes // self.pages.layer_bytes
-        copies = [
-            LayerCopy(block.pool_page.page, page, first, num_layers)
-            for block, pages, first in zip(blocks, targets, first_layers, strict=True)
-            for page in pages
-            if block.pool_page is not None
-        ]
-        return await self._copier.run(self._take_copies, shared, peer, blocks, targets, copies)
+        return await self._copier.run(
+            self._take_from_peer, shared, peer, blocks, targets, first_layers
+        )
 
     async def copy_ahead(
-        self, shared: SharesPages, peer: PeerPool, copies: Sequence[LayerCopy]
+        self,
+        shared: SharesPages,
+        peer: PeerPool,
+        blocks: Sequence[PartialBlock],
+        targets: Sequence[Sequence[int]],
+        first_layers: Sequence[int],
     ) -> None:
-        """Copies layers and checks nothing."""
-        await self._copier.run(_copy_layers, shared, peer, copies)
+        """Copies what there is of each block, from its first layer on, and checks nothing."""
+        places = [block.pool_page for block in blocks]
+        runs = _runs(places, targets, first_layers, [block.num_layers for block in blocks])
+        await self._copier.run(shared.copy_from_peer, peer, runs)
 
     async def seal(
         self, shared: SharesPages, blocks: Sequence[tuple[bytes, int, int]]
@@ -244,22 +243,22 @@ class PageMover:
         self.pages.insert_pages([page for page, _ in together], [view for _, view in together])
         return whole
 
-    def _take_copies(
+    def _take_from_peer(
         self,
         shared: SharesPages,
         peer: PeerPool,
         blocks: Sequence[ReadableBlock],
         targets: Sequence[Sequence[int]],
-        copies: Sequence[LayerCopy],
+        first_layers: Sequence[int],
     ) -> list[bool]:
         """Digests its own copies: the peer's pages may be gone at any time."""
-        together = [
-            (block, page) for block, pages in zip(blocks, targets, strict=True) for page in pages
-        ]
-        own = [page for _, page in together]
-        _copy_layers(shared, peer, copies)
+        num_layers = self._layout.block_bytes // self.pages.layer_bytes
+        places = [block.pool_page for block in blocks]
+        runs = _runs(places, targets, first_layers, [num_layers] * len(blocks))
+        own = [page for pages in targets for page in pages]
+        copied = [block for block, pages in zip(blocks, targets, strict=True) for _ in pages]
         whole = {block.key: True for block in blocks}
-        for (block, _), digest in zip(together, shared.digest_pages(own), strict=True):
+        for block, digest in zip(copied, shared.copy_from_peer(peer, runs, own), strict=True):
             whole[block.key] &= self._sealed(block.key, block.num_tokens, digest) == block.digest
         return [whole[block.key] for block in blocks]
 
@@ -281,14 +280,20 @@ async def all_ended(works: Iterable[Awaitable[_R]]) -> list[_R]:
     return results
 
 
-def _copy_layers(shared: SharesPages, peer: PeerPool, copies: Sequence[LayerCopy]) -> None:
-    """One copy for all of the same layers."""
-    together: dict[tuple[int, int], list[LayerCopy]] = {}
-    for copy in copies:
-        together.setdefault((copy.first_layer, copy.end_layer), []).append(copy)
-    for (first, end), same in together.items():
-        pages, own = [copy.page for copy in same], [copy.own_page for copy in same]
-        shared.copy_from_peer(peer, pages, own, first, end)
+def _runs(
+    places: Sequence[PoolPage | None],
+    targets: Sequence[Sequence[int]],
+    first_layers: Sequence[int],
+    end_layers: Sequence[int],
+) -> list[LayerRun]:
+    """One for all of the same layers. What is in no pool is left out."""
+    together: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    for place, own, first, end in zip(places, targets, first_layers, end_layers, strict=True):
+        if place is not None and first < end:
+            pages, own_pages = together.setdefault((first, end), ([], []))
+            pages += [place.page] * len(own)
+            own_pages += own
+    return [LayerRun(*pages, *layers) for layers, pages in together.items()]
 
 
 def _layers_of(part: PagePart) -> tuple[int, int]:

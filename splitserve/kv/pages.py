@@ -7,7 +7,7 @@ read where they are offers `SharesPages` as well; then bytes need not pass throu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 PAGE_DIGEST_BYTES = 16
 
@@ -46,6 +46,15 @@ class PeerPool(Protocol):
         """Unmap it. No copy may be under way."""
 
 
+class LayerRun(NamedTuple):
+    """Layers [first_layer, end_layer) of pages of a peer, each to be copied to an own one."""
+
+    pages: Sequence[int]
+    own_pages: Sequence[int]
+    first_layer: int
+    end_layer: int
+
+
 @runtime_checkable
 class SharesPages(Protocol):
     """A pool that other processes of the node can map. Methods may be called from any thread."""
@@ -65,14 +74,9 @@ class SharesPages(Protocol):
         """Map another engine's pool. Raises `OSError` if that is not possible from here."""
 
     def copy_from_peer(
-        self,
-        peer: PeerPool,
-        pages: Sequence[int],
-        own_pages: Sequence[int],
-        first_layer: int,
-        end_layer: int,
-    ) -> None:
-        """Copy layers [first_layer, end_layer) of each page of the peer to an own one, and wait.
+        self, peer: PeerPool, runs: Sequence[LayerRun], digested: Sequence[int] = ()
+    ) -> list[bytes]:
+        """Copy each run, and wait. The digests of the `digested` own pages as they are then.
 
         Raises `OSError` if the peer has no such page or the copy fails.
         """

@@ -8,6 +8,9 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch
+from splitserve_kernels.page_digest_rules import digest_pages_reference
+
+from splitserve.kv.pages import LayerRun
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -42,11 +45,13 @@ def test_pages_are_copied_in_a_thread_that_has_another_device(device: str) -> No
     pool = torch.zeros((PAGES, LAYERS * LAYER_BYTES), dtype=torch.uint8, device=device)
     own = DevicePages(pool, LAYER_BYTES, torch.cuda.Stream(device))
     failures: list[BaseException] = []
+    digests: list[bytes] = []
 
     def take() -> None:
         try:
             peer = own.open_peer(here.recv_bytes())
-            own.copy_from_peer(peer, [3, 39], [1, 0], 1, 3)
+            runs = [LayerRun([3, 39], [1, 0], 1, 3), LayerRun([7], [2], 0, 1)]
+            digests.extend(own.copy_from_peer(peer, runs, [0, 1, 2]))
             peer.close()
         except BaseException as error:
             failures.append(error)
@@ -62,4 +67,6 @@ def test_pages_are_copied_in_a_thread_that_has_another_device(device: str) -> No
     part = slice(LAYER_BYTES, 3 * LAYER_BYTES)
     expected = torch.zeros(PAGES, LAYERS * LAYER_BYTES, dtype=torch.uint8)
     expected[[1, 0], part] = content()[[3, 39], part]
+    expected[2, :LAYER_BYTES] = content()[7, :LAYER_BYTES]
     assert torch.equal(pool.cpu(), expected)
+    assert digests == digest_pages_reference(expected.numpy(), [0, 1, 2])

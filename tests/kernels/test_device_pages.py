@@ -11,7 +11,7 @@ from splitserve_kernels.page_digest_rules import digest_pages_reference
 
 from splitserve.engine import device_pages
 from splitserve.engine.device_pages import DevicePages, DevicePeer
-from splitserve.kv.pages import SharesPages
+from splitserve.kv.pages import LayerRun, SharesPages
 
 PAGES, LAYERS, LAYER_BYTES = 6, 4, 64
 
@@ -43,10 +43,10 @@ def test_layers_of_many_pages_leave_and_whole_pages_enter() -> None:
 def test_pages_of_a_peer_are_copied_and_digested() -> None:
     (source, theirs), (target, own) = make(1), make(2)
     assert isinstance(target, SharesPages)
-    target.copy_from_peer(DevicePeer(theirs, None), [4, 1, 1], [0, 5, 2], 0, LAYERS)
+    whole = LayerRun([4, 1, 1], [0, 5, 2], 0, LAYERS)
+    digests = target.copy_from_peer(DevicePeer(theirs, None), [whole], [0, 5, 2])
     assert torch.equal(own[[0, 5, 2]], theirs[[4, 1, 1]])
-    digests = target.digest_pages([0, 5, 2])
-    assert digests == source.digest_pages([4, 1, 1])
+    assert digests == target.digest_pages([0, 5, 2]) == source.digest_pages([4, 1, 1])
     assert digests == digest_pages_reference(theirs.numpy(), [4, 1, 1])
 
 
@@ -54,7 +54,9 @@ def test_layers_of_a_peer_are_copied_alone() -> None:
     (_, theirs), (target, own) = make(1), make(2)
     expected, part = own.clone(), slice(LAYER_BYTES, 3 * LAYER_BYTES)
     expected[[0, 5], part] = theirs[[4, 1], part]
-    target.copy_from_peer(DevicePeer(theirs, None), [4, 1], [0, 5], 1, 3)
+    expected[[3], :LAYER_BYTES] = theirs[[2], :LAYER_BYTES]
+    runs = [LayerRun([4, 1], [0, 5], 1, 3), LayerRun([2], [3], 0, 1)]
+    assert target.copy_from_peer(DevicePeer(theirs, None), runs) == []
     assert torch.equal(own, expected)
 
 
@@ -62,10 +64,10 @@ def test_a_peer_that_lacks_the_page_or_is_closed_is_an_error_of_the_system() -> 
     (_, theirs), (target, _) = make(1), make(2)
     peer = DevicePeer(theirs, None)
     with pytest.raises(OSError, match="6 pages"):
-        target.copy_from_peer(peer, [6], [0], 0, LAYERS)
+        target.copy_from_peer(peer, [LayerRun([1], [0], 0, 1), LayerRun([6], [0], 0, LAYERS)])
     peer.close()
     with pytest.raises(OSError, match="closed"):
-        target.copy_from_peer(peer, [1], [0], 0, LAYERS)
+        target.copy_from_peer(peer, [LayerRun([1], [0], 0, LAYERS)])
 
 
 def test_its_own_handle_is_its_own_pool() -> None:

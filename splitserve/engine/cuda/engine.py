@@ -35,7 +35,7 @@ from splitserve.engine.layer_groups import ends_group, reporting
 from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.engine.triton_attention import TritonAttention
-from splitserve.kv.pages import PeerPool
+from splitserve.kv.pages import LayerRun, PeerPool
 from splitserve.models.decoder import Decoder
 from splitserve.parallel.group import Group
 
@@ -67,7 +67,8 @@ class CudaEngine:
         self._group = group
         self._memory = memory
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Somebody waits for these copies, and they are small: they go ahead of a prompt's kernels.
+        self._copies = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         max_pages = -(-spec.max_context_tokens // spec.block_tokens)
         self._slots = SlotTable(max_batch, max_pages, device)
         self._forward = Forward(model, memory, attention, self._slots)
@@ -194,15 +195,10 @@ class CudaEngine:
         return self._pages.open_peer(handle)
 
     def copy_from_peer(
-        self,
-        peer: PeerPool,
-        pages: Sequence[int],
-        own_pages: Sequence[int],
-        first_layer: int,
-        end_layer: int,
-    ) -> None:
+        self, peer: PeerPool, runs: Sequence[LayerRun], digested: Sequence[int] = ()
+    ) -> list[bytes]:
         """See `SharesPages.copy_from_peer`."""
-        self._pages.copy_from_peer(peer, pages, own_pages, first_layer, end_layer)
+        return self._pages.copy_from_peer(peer, runs, digested)
 
     def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
         """See `SharesPages.digest_pages`."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from services.prefill.hand_over import HandOver
 from splitserve.engine.fake import FakeEngine
+from splitserve.engine.protocol import EngineSpec
 from splitserve.errors import (
     Overloaded,
     SplitserveError,
@@ -143,12 +144,12 @@ class StubStore:
 
 
 class Rig:
-    def __init__(self, ask_every_s: float = 60.0) -> None:
+    def __init__(self, ask_every_s: float = 60.0, spec: EngineSpec = SPEC) -> None:
         self.store = StubStore()
         self.hand_over = HandOver(
             LEASE,
             prompt_tokens=10,
-            spec=SPEC,
+            spec=spec,
             open_store=self.open_store,
             ask_every_s=ask_every_s,
         )

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from services.prefill.hand_over import ABANDON_WITHIN_S
+from splitserve.engine.fake import FakeEngine
 from splitserve.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -47,6 +48,23 @@ async def test_blocks_that_may_stay_are_shared_when_whole_and_kept_until_gone(ri
     await asyncio.wait_for(ended, 5)
     assert rig.store.committed == {}
     assert rig.store.abandoned == []
+
+
+async def test_layers_are_told_of_once_when_the_last_group_is_all_that_is_missing() -> None:
+    rig = Rig(spec=FakeEngine(num_pages=8, block_tokens=4, layer_group=1).spec)
+    rig.store.shares = True
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    for end in range(1, 4):
+        rig.hand_over.layers_done(0, 3, end - 1, end)
+        await rig.until(lambda end=end: all(b.written == end for b in rig.hand_over._blocks))  # type: ignore[misc]
+    await rig.until(lambda: len(rig.store.reported) == 3)
+    assert {num_layers for _, _, num_layers in rig.store.reported} == {3}
+    ended = asyncio.ensure_future(rig.hand_over.ended())
+    rig.hand_over.complete()
+    await rig.until(lambda: len(rig.store.shared) == 3)
+    rig.listener.gone(KEYS)
+    await asyncio.wait_for(ended, 5)
+    assert len(rig.store.reported) == 3
 
 
 async def test_the_receipt_names_what_stays_as_soon_as_the_last_is_digested(rig: Rig) -> None:
