@@ -126,9 +126,13 @@ def main() -> None:
     parser.add_argument("--device", nargs="+", default=["cuda:0", "cuda:1"])
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--max-context-tokens", type=int, default=8192)
-    parser.add_argument("--worker-flag", nargs="*", default=[], help="more flags of both tiers")
-    parser.add_argument("--prefill-flag", nargs="*", default=[], help="more of prefill workers")
-    parser.add_argument("--router-flag", nargs="*", default=[], help="more of the router")
+    parser.add_argument(
+        "--worker-flag", action="append", default=[], help="more flags of both tiers"
+    )
+    parser.add_argument(
+        "--prefill-flag", action="append", default=[], help="more of prefill workers"
+    )
+    parser.add_argument("--router-flag", action="append", default=[], help="more of the router")
     parser.add_argument("--workload", default="azure-conv")
     parser.add_argument(
         "--modes", nargs="+", choices=("split", "monolith"), default=["split", "monolith"]
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("--ttft-ms", type=float, default=500.0)
     parser.add_argument("--itl-ms", type=float, nargs="+", default=[25.0, 12.0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--records", type=Path, help="file that a line for each request goes to")
     options = parser.parse_args()
 
     rows = []
@@ -156,12 +161,30 @@ def main() -> None:
                         rows.append({"mode": mode, "chunk": chunk, "rate": rate, **row})
                         show(f"{mode} {chunk}", rate, row)
                         save(options, rows)
+                        if options.records:
+                            keep(options.records, mode, chunk, rate, records)
 
 
 def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if options.json:
         document = {"machine": describe_machine(), "command": " ".join(sys.argv), "rows": rows}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def keep(path: Path, mode: str, chunk: int, rate: float, records: list[RequestRecord]) -> None:
+    with path.open("a") as file:
+        for record in records:
+            row = {
+                "mode": mode,
+                "chunk": chunk,
+                "rate": rate,
+                "sent_s": round(record.sent_s, 4),
+                "prompt_tokens": record.prompt_tokens,
+                "ttft_ms": round(record.ttft_s * 1000, 2) if record.token_times_s else None,
+                "itl_ms": [round(gap * 1000, 2) for gap in record.itl_s],
+                "error": record.error,
+            }
+            file.write(json.dumps(row) + "\n")
 
 
 async def vocab_size(address: str) -> int:

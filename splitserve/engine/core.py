@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from splitserve.engine.flights import Flight, Flights, slice_of, whole_blocks
-from splitserve.engine.prefill_rate import PrefillRate
+from splitserve.engine.flights import Flights, slice_of, whole_blocks
 from splitserve.engine.protocol import DrawnToken, Engine
 from splitserve.engine.scheduler import Chunk, Scheduler
 from splitserve.engine.sequence import Sequence, SequenceOutput, State, StepListener
+from splitserve.engine.step_timing import StepTiming
 from splitserve.errors import InvalidRequest, Overloaded, SplitserveError, Unavailable
 from splitserve.kv.pool import PagePool
 
@@ -31,8 +31,7 @@ PagesListener = Callable[[list[bytes], list[bytes]], None]
 
 _PAUSE_AFTER_FAULT_S = 0.1
 _LOOK_EVERY_S = 0.0002
-_LAUNCH_AHEAD_S = 0.005
-"""So long before a step is over the next one is planned and launched, so as not to be late."""
+_LOOK_SELDOM_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,13 @@ class EngineCore:
         self._news = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._flights = Flights(engine)
-        self._landed_at = 0.0
         self._live: dict[str, Sequence] = {}
         self._ids: set[str] = set()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._steps = 0
         self._failed_steps = 0
-        self._prefilled = PrefillRate(config.max_step_tokens)
+        self._timing = StepTiming(config.max_step_tokens)
         self._step_began = 0.0
         self._queued_tokens = 0
 
@@ -185,7 +183,7 @@ class EngineCore:
             steps=self._steps,
             failed_steps=self._failed_steps,
             num_preemptions=scheduler.num_preemptions,
-            prefill_tokens_per_s=self._prefilled.per_s,
+            prefill_tokens_per_s=self._timing.prefill_tokens_per_s,
             stuck_s=time.monotonic() - began if began else 0.0,
         )
 
@@ -195,11 +193,13 @@ class EngineCore:
         """Admit, launch, emit. False if there was nothing to compute and nothing to read.
 
         On an `AsyncEngine` the step that is emitted is the one before the one launched: the device
-        has work while the host reads tokens, tells of them and plans. With nothing to launch it
-        waits for the step in flight, and shortly before that is over for news: who has come while a
-        prompt was computed is launched behind it, not after it.
+        has work while the host reads tokens, tells of them and plans. While sequences await their
+        KV it is launched as late as may be, for those whose KV is there by then. With nothing to
+        launch it waits for the step in flight, and shortly before that is over for news: who has
+        come while a prompt was computed is launched behind it, not after it.
         """
         landing = bool(self._flights)
+        decided_s = self._wait_for_joiners()
         self._read_inbox()
         self._scheduler.admit()
         self._queued_tokens = self._scheduler.queued_tokens
@@ -208,6 +208,7 @@ class EngineCore:
         chunks = self._scheduler.plan()
         if chunks:
             self._take_off(chunks)
+            self._timing.launched(decided_s)
         elif self._hears_before_landing():
             return True
         self._land(self._flights.most_ahead if chunks else 0)
@@ -228,6 +229,20 @@ class EngineCore:
         with self._news:
             self._news.wait_for(lambda: self._inbox or self._stopping, timeout_s)
 
+    def _wait_for_joiners(self) -> float:
+        """Until the next step should be launched, if somebody may join it. The time of that."""
+        now = time.monotonic()
+        if not self._flights or not self._scheduler.loading:
+            return now
+        until = self._timing.launch_at(self._flights.oldest)
+        if now >= until:
+            return now
+        while now < until and not (self._stopping or self._flights.oldest.launched.done()):
+            with self._news:
+                self._news.wait_for(lambda: self._stopping, min(until - now, _LOOK_SELDOM_S))
+            now = time.monotonic()
+        return min(now, until)
+
     def _hears_before_landing(self) -> bool:
         """Whether there is news, when the step in flight is about to be over and is not."""
         while self._flights and not self._flights.oldest.launched.done():
@@ -238,7 +253,9 @@ class EngineCore:
         return False
 
     def _goes_on(self) -> bool:
-        return self._stopping or (bool(self._inbox) and time.monotonic() >= self._launch_at())
+        if self._stopping or not self._inbox:
+            return self._stopping
+        return time.monotonic() >= self._timing.launch_at(self._flights.oldest)
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -264,7 +281,7 @@ class EngineCore:
             except Exception:
                 self._end_step(self._fail(flight.chunks))
                 continue
-            self._measure(flight)
+            self._timing.landed(flight)
             self._end_step(self._book(flight.chunks, drawn))
 
     def _book(self, chunks: list[Chunk], drawn: list[list[DrawnToken]]) -> list[SequenceOutput]:
@@ -291,8 +308,7 @@ class EngineCore:
             return self._fail_one(sequence) if sequence.is_live else None
 
     def _end_step(self, outputs: list[SequenceOutput]) -> None:
-        self._landed_at = time.monotonic()
-        self._step_began = self._landed_at if self._flights else 0.0
+        self._step_began = time.monotonic() if self._flights else 0.0
         self._steps += 1
         self._emit(outputs)
 
@@ -364,21 +380,3 @@ class EngineCore:
                 f"the sequence may need {needed} pages and the pool has {spec.num_pages}; "
                 "lower max_tokens or give the worker a larger pool"
             )
-
-    def _measure(self, flight: Flight) -> None:
-        """A step on a device begins when the one before has ended."""
-        seconds = time.monotonic() - max(flight.began_s, self._landed_at)
-        all_tokens = sum(chunk.size for chunk in flight.chunks)
-        self._prefilled.add(_prompt_tokens(flight), all_tokens, seconds)
-
-    def _launch_at(self) -> float:
-        """When to launch what comes meanwhile: shortly before the step in flight is over, as far as
-        the rate tells, so that all who come by then share the next one.
-        """
-        flight, rate = self._flights.oldest, self._prefilled.per_s
-        length_s = _prompt_tokens(flight) / rate if rate else 0.0
-        return max(flight.began_s, self._landed_at) + length_s - _LAUNCH_AHEAD_S
-
-
-def _prompt_tokens(flight: Flight) -> int:
-    return sum(chunk.size for chunk in flight.chunks if chunk.size > 1)

@@ -357,7 +357,8 @@ def test_who_comes_long_before_a_step_is_over_waits_for_others() -> None:
     heard: list[SequenceOutput] = []
     engine = LateEngine(num_pages=40)
     core = make_core(engine, heard)
-    core._prefilled.add(64, 64, 64 * 3600.0)
+    for _ in range(20):
+        core._timing.took(3, 1, 3600.0)
     names = iter(["second", "third"])
 
     def is_done() -> bool:
@@ -415,3 +416,31 @@ def test_news_that_are_nothing_to_launch_do_not_land_a_step() -> None:
 def prefill_of(name: str) -> Sequence:
     params = SamplingParams(temperature=0, max_tokens=1)
     return Sequence(name, [1, 2, 3], params, seed=0, prefill_choices=1)
+
+
+def test_who_gets_its_kv_while_a_step_is_computed_joins_the_one_behind_it() -> None:
+    """The step that is next is not launched long before the one in flight is over."""
+    heard: list[SequenceOutput] = []
+    engine = LateEngine(num_pages=40)
+    core = make_core(engine, heard)
+    params = SamplingParams(temperature=0, max_tokens=9)
+    core.submit(Sequence("a", [3, 5], params, seed=0))
+    core.step()
+    core.submit(Sequence("d", [4, 6], params, seed=0, await_first_token=True))
+    core.step()
+    for _ in range(40):
+        core._timing.took(0, 1, 3600.0)
+    looks = iter([False, False, True])
+
+    def is_done() -> bool:
+        core.first_token("d", expected_tokens([4, 6], 1)[0])
+        return next(looks)
+
+    engine.is_done = is_done
+    core.step()
+    assert next(looks, None) is None, "it waited for the end of the step in flight"
+    assert engine.slots == [0, 1], "both of them"
+    engine.is_done = lambda: True
+    run(core)
+    assert tokens_of(heard, "a") == expected_tokens([3, 5], 9)
+    assert tokens_of(heard, "d") == expected_tokens([4, 6], 9)[1:]
