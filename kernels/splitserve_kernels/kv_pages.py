@@ -48,12 +48,21 @@ def unpack_pages_reference(
     pool[pages, first_byte:end_byte] = rows
 
 
-def copy_pages(source: Tensor, source_pages: Tensor, target: Tensor, target_pages: Tensor) -> None:
+def copy_pages(
+    source: Tensor,
+    source_pages: Tensor,
+    target: Tensor,
+    target_pages: Tensor,
+    *,
+    programs: int | None = None,
+) -> None:
     """Copy each page of one pool to a page of another, or of the same, in one launch.
 
-    source, target: (num_pages, page_bytes) uint8, contiguous in the last dimension. The source may
-        be another device's memory, as long as this one can map it.
+    source, target: (num_pages, page_bytes) uint8, contiguous in the last dimension. Either may be
+        memory of another device or of the host, as long as this device can map it.
     source_pages, target_pages: (n,) int64. No page may be a target twice, or target and source.
+    programs: how many to launch at most, for memory so slow that a few of them keep it busy: each
+        copies one tile after the other, and the other processors are left alone.
 
     Raises `ValueError` for shapes and types that do not go together.
     """
@@ -74,7 +83,9 @@ def copy_pages(source: Tensor, source_pages: Tensor, target: Tensor, target_page
     word = next(dtype for dtype in _WORDS if common % dtype.itemsize == 0)
     width = word.itemsize
     tile = min(_TILE_BYTES // width, triton.next_power_of_2(size // width))
-    _copy_whole_pages[(len(source_pages), triton.cdiv(size // width, tile))](
+    tiles = triton.cdiv(size // width, tile)
+    count = tiles * len(source_pages)
+    _copy_whole_pages[(min(count, programs or count),)](
         _words(source, word),
         source_pages,
         _words(target, word),
@@ -82,6 +93,8 @@ def copy_pages(source: Tensor, source_pages: Tensor, target: Tensor, target_page
         source.stride(0) // width,
         target.stride(0) // width,
         size // width,
+        tiles,
+        count,
         TILE=tile,
         num_warps=8 if tile >= 1024 else 2,
     )
@@ -162,7 +175,10 @@ def _copy_pages(
         tl.store(in_pool, tl.load(in_rows, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["source_pages", "target_pages"])
+@triton.jit(
+    do_not_specialize=["tiles", "count"],
+    do_not_specialize_on_alignment=["source_pages", "target_pages"],
+)
 def _copy_whole_pages(
     # pointers
     source: tl.tensor,
@@ -174,13 +190,17 @@ def _copy_whole_pages(
     target_stride: tl.tensor,
     # sizes, in words
     size: tl.tensor,
+    # counts: tiles of a page, tiles in all
+    tiles: tl.tensor,
+    count: tl.tensor,
     # constants
     TILE: tl.constexpr,
 ) -> None:
-    """A tile of one page."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = columns < size
-    in_source = source + tl.load(source_pages + row) * source_stride + columns
-    in_target = target + tl.load(target_pages + row) * target_stride + columns
-    tl.store(in_target, tl.load(in_source, mask=inside), mask=inside)
+    """Every so manieth tile of all pages."""
+    for at in range(tl.program_id(0), count, tl.num_programs(0)):
+        row = at // tiles
+        columns = (at % tiles) * TILE + tl.arange(0, TILE)
+        inside = columns < size
+        in_source = source + tl.load(source_pages + row) * source_stride + columns
+        in_target = target + tl.load(target_pages + row) * target_stride + columns
+        tl.store(in_target, tl.load(in_source, mask=inside), mask=inside)

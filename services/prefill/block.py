@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from splitserve.kv.codec import BlockHasher
 from splitserve.kv.layout import Reservation
-from splitserve.kv.page_mover import PagePart
+from splitserve.kv.page_part import PagePart
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class Block:
 
     def next_part(self) -> PagePart:
         """The layers that are ready and not written yet."""
-        if self.reservation is None or self.hasher is None:
+        if self.reservation is None:
             raise RuntimeError("a block is written that was not reserved")
         return PagePart(
             self.key, self.reservation, self.page, self.written, self.ready, self.hasher

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from splitserve.kv.layout import BlockSpec, KvLayout, Lease, Reservation
-from splitserve.kv.page_mover import PagePart
+from splitserve.kv.page_part import PagePart
 from splitserve.kv.pool_sharing import PoolShare, ShareListener
 
 
@@ -22,6 +22,11 @@ class BlockWriter(Protocol):
     @property
     def layout(self) -> KvLayout:
         """The layout that digests cover."""
+        ...
+
+    @property
+    def seals_pages(self) -> bool:
+        """Whether all blocks have the digests of `seal_pages`."""
         ...
 
     def open_share(self, listener: ShareListener) -> PoolShare | None:
@@ -39,7 +44,7 @@ class BlockWriter(Protocol):
         ...
 
     async def put_pages(self, lease: Lease, parts: Seq[PagePart]) -> None:
-        """Copy layers of pages into the store, and digest them."""
+        """Copy layers of pages into the store; their hashers take them in."""
         ...
 
     async def report_layers(
@@ -49,7 +54,7 @@ class BlockWriter(Protocol):
         ...
 
     async def seal_pages(self, blocks: Seq[tuple[bytes, int, int]]) -> list[bytes]:
-        """The digests of (key, num_tokens, page) blocks that stay in the pool."""
+        """The digests of (key, num_tokens, page) blocks by what is in their pages."""
         ...
 
     async def share_pages(

@@ -190,7 +190,8 @@ class HandOver:
         for block, reservation in zip(blocks, reservations, strict=True):
             if reservation.must_write:
                 block.reservation, block.written = reservation, 0
-                block.hasher = BlockHasher(block.key, block.num_tokens, fingerprint, size)
+                if not store.seals_pages:
+                    block.hasher = BlockHasher(block.key, block.num_tokens, fingerprint, size)
                 self._pending.append(block)
             else:
                 block.settle()
@@ -248,9 +249,10 @@ class HandOver:
         for block, part in zip(blocks, parts, strict=True):
             block.written = part.end_layer
         whole = [block for block in blocks if block.written == self._spec.num_layers]
-        digests = [(block.key, block.hasher.digest()) for block in whole if block.hasher]
-        if digests:
-            await store.commit(self._lease, digests)
+        if whole:
+            digests = await _digests(store, whole)
+            keys = [block.key for block in whole]
+            await store.commit(self._lease, zip(keys, digests, strict=True))
             self._committed(whole)
 
     def _committed(self, blocks: Seq[Block]) -> None:
@@ -274,3 +276,9 @@ class HandOver:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ABANDON_WITHIN_S):
                     await store.abandon(self._lease, rest)
+
+
+async def _digests(store: BlockWriter, blocks: Seq[Block]) -> list[bytes]:
+    if store.seals_pages:
+        return await store.seal_pages([(b.key, b.num_tokens, b.page) for b in blocks])
+    return [block.hasher.digest() for block in blocks if block.hasher]

@@ -11,8 +11,8 @@ import secrets
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Final
@@ -24,10 +24,14 @@ from splitserve_kernels.page_digest import digest_pages
 from torch import Tensor
 
 from splitserve.engine.device_memory import MappedMemory, export_memory
-from splitserve.kv.pages import LayerRun, PeerPool
+from splitserve.engine.host_memory import OFFSET_BYTES, HostMemory, register, unregister
+from splitserve.kv.pages import HostPool, LayerRun, PeerPool
 
 _HEAD: Final = struct.Struct("<16sQ")
 """In front of a handle: the pool's random name and the bytes of a page."""
+
+_HOST_PROGRAMS: Final = 32
+"""So many keep the bus to the host busy."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,25 +72,12 @@ class DevicePages:
     def pin(self, memory: memoryview) -> Callable[[], None]:
         """See `PageAccess.pin`."""
         address = np.frombuffer(memory, np.uint8).ctypes.data
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._pool.device):
-            refused = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
-        if refused:
-            _log.warning(
-                "%d MiB of host memory cannot be pinned, copies take a detour: CUDA error %d",
-                memory.nbytes >> 20,
-                refused,
-            )
-            # torch would take the refusal for a failure of this thread's next launch.
-            with suppress(RuntimeError):
-                torch.zeros(1, device=self._pool.device)
+        try:
+            register(address, memory.nbytes, self._pool.device)
+        except OSError as error:
+            _log.warning("copies take a detour: %s", error)
             return _nothing
-
-        def unpin() -> None:
-            with torch.cuda.device(self._pool.device):
-                runtime.cudaHostUnregister(address)
-
-        return unpin
+        return partial(unregister, address, self._pool.device)
 
     @cached_property
     def pool_domain(self) -> str:
@@ -128,27 +119,61 @@ class DevicePages:
         theirs = peer.pages()
         if any(not 0 <= page < len(theirs) for run in runs for page in run.pages):
             raise OSError(f"the pool has {len(theirs)} pages")
-        layer = self._layer_bytes
         lists = [pages for run in runs for pages in (run.pages, run.own_pages)]
-        try:
-            with self._queued():
-                # All in one: the wait for it, beside busy threads, costs more than any of the work.
-                numbers = torch.tensor(list(chain(*lists, digested)), device=self._pool.device)
-                parts = torch.split(numbers, [*map(len, lists), len(digested)])
-                *of_runs, of_digested = parts
-                for run, pages, own_pages in zip(runs, of_runs[::2], of_runs[1::2], strict=True):
-                    first, end = run.first_layer * layer, run.end_layer * layer
-                    source, target = theirs[:, first:end], self._pool[:, first:end]
-                    copy_pages(source, pages, target, own_pages)
-                return digest_pages(self._pool, digested, of_digested)
-        except RuntimeError as error:
-            raise OSError(f"the copy failed: {error}") from error
+        with self._copying():
+            *of_runs, of_digested = self._sent(*lists, digested)
+            for run, pages, own_pages in zip(runs, of_runs[::2], of_runs[1::2], strict=True):
+                part = self._part(run.first_layer, run.end_layer)
+                copy_pages(theirs[:, part], pages, self._pool[:, part], own_pages)
+            return digest_pages(self._pool, digested, of_digested)
+
+    def open_host(self, memory: memoryview) -> HostMemory:
+        """See `SharesPages.open_host`."""
+        return HostMemory(memory, self._pool.device)
+
+    @torch.inference_mode()
+    def copy_to_host(
+        self,
+        host: HostPool,
+        pages: Sequence[int],
+        first_layer: int,
+        end_layer: int,
+        offsets: Sequence[int],
+    ) -> None:
+        """See `SharesPages.copy_to_host`."""
+        part = self._part(first_layer, end_layer)
+        size = part.stop - part.start
+        with _host_memory(host).places(offsets, part.start, size) as places, self._copying():
+            own_pages, rows = self._sent(pages, [at // OFFSET_BYTES for at in offsets])
+            copy_pages(self._pool[:, part], own_pages, places, rows, programs=_HOST_PROGRAMS)
+
+    @torch.inference_mode()
+    def copy_from_host(
+        self, host: HostPool, offsets: Sequence[int], own_pages: Sequence[int]
+    ) -> list[bytes]:
+        """See `SharesPages.copy_from_host`."""
+        size = self._pool.shape[1]
+        with _host_memory(host).places(offsets, 0, size) as places, self._copying():
+            rows, own = self._sent([at // OFFSET_BYTES for at in offsets], own_pages)
+            copy_pages(places, rows, self._pool, own, programs=_HOST_PROGRAMS)
+            return digest_pages(self._pool, own_pages, own)
 
     @torch.inference_mode()
     def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
         """See `SharesPages.digest_pages`."""
         with self._queued():
             return digest_pages(self._pool, pages)
+
+    def _part(self, first_layer: int, end_layer: int) -> slice:
+        """The bytes of these layers in each page."""
+        return slice(first_layer * self._layer_bytes, end_layer * self._layer_bytes)
+
+    def _sent(self, *lists: Sequence[int]) -> Sequence[Tensor]:
+        """The lists on the device. In one copy: to wait for it, beside busy threads, costs more
+        than any of the work.
+        """
+        numbers = torch.tensor(list(chain(*lists)), dtype=torch.int64, device=self._pool.device)
+        return torch.split(numbers, list(map(len, lists)))
 
     def _warm_up(self) -> None:
         """Has the kernels compiled before the first hand-over needs them."""
@@ -163,6 +188,15 @@ class DevicePages:
                     copy_pages(part, numbers[0], part, numbers[1])
                 digest_pages(scratch, [0])
             self._warm = True
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """`_queued`. Raises `OSError` for what torch or Triton raise."""
+        try:
+            with self._queued():
+                yield
+        except RuntimeError as error:
+            raise OSError(f"the copy failed: {error}") from error
 
     @contextmanager
     def _queued(self) -> Iterator[None]:
@@ -195,6 +229,12 @@ class DevicePeer:
         self._pool = None
         if self._memory is not None:
             self._memory.close()
+
+
+def _host_memory(host: HostPool) -> HostMemory:
+    if not isinstance(host, HostMemory):
+        raise TypeError("the memory is not a GPU's to reach")
+    return host
 
 
 def _nothing() -> None:

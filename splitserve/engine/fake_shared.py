@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from splitserve_kernels.page_digest_rules import digest_pages_reference
 
 from splitserve.engine.fake import FakeEngine
-from splitserve.kv.pages import LayerRun, PeerPool
+from splitserve.kv.pages import HostPool, LayerRun, PeerPool
 
 _HANDLE = struct.Struct("<QQQ")
 """Process, descriptor, bytes of a page."""
@@ -65,6 +65,31 @@ class SharedFakeEngine(FakeEngine):
             self._bytes[list(run.own_pages), part] = theirs[list(run.pages), part]
         return self.digest_pages(digested)
 
+    def open_host(self, memory: memoryview) -> FakeHost:
+        """See `SharesPages.open_host`."""
+        return FakeHost(memory)
+
+    def copy_to_host(
+        self,
+        host: HostPool,
+        pages: Sequence[int],
+        first_layer: int,
+        end_layer: int,
+        offsets: Sequence[int],
+    ) -> None:
+        """See `SharesPages.copy_to_host`."""
+        first, end = first_layer * self.spec.layer_bytes, end_layer * self.spec.layer_bytes
+        for page, offset in zip(pages, offsets, strict=True):
+            _span(host, offset + first, end - first)[:] = self._bytes[page, first:end]
+
+    def copy_from_host(
+        self, host: HostPool, offsets: Sequence[int], own_pages: Sequence[int]
+    ) -> list[bytes]:
+        """See `SharesPages.copy_from_host`."""
+        for page, offset in zip(own_pages, offsets, strict=True):
+            self._bytes[page] = _span(host, offset, self.spec.block_bytes)
+        return self.digest_pages(own_pages)
+
     def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
         """See `SharesPages.digest_pages`."""
         return digest_pages_reference(self._bytes, pages)
@@ -99,6 +124,27 @@ class FakePeer:
     def close(self) -> None:
         """See `PeerPool.close`. The kernel unmaps when the last copy lets go."""
         self._mapping = None
+
+
+class FakeHost:
+    """Memory of the host."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.bytes: NDArray[np.uint8] | None = np.frombuffer(memory, np.uint8)
+
+    def prepare(self) -> None:
+        """See `HostPool.prepare`."""
+
+    def close(self) -> None:
+        """See `PeerPool.close`."""
+        self.bytes = None
+
+
+def _span(host: HostPool, first: int, size: int) -> NDArray[np.uint8]:
+    memory = host.bytes if isinstance(host, FakeHost) else None
+    if memory is None or not 0 <= first <= first + size <= len(memory):
+        raise OSError("the memory was given up, or ends before the block does")
+    return memory[first : first + size]
 
 
 def boot_id() -> str:

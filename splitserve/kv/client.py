@@ -24,8 +24,10 @@ from splitserve.errors import BlockNotFound
 from splitserve.kv.block_client import BlockClient
 from splitserve.kv.control import RPC_TIMEOUT_S, StoreControl, typed_errors
 from splitserve.kv.copier import Copier
+from splitserve.kv.device_mover import DeviceMover
 from splitserve.kv.layout import KvLayout, Lease, PartialBlock, PoolPage, ReadableBlock
-from splitserve.kv.page_mover import PageMover, PagePart, all_ended
+from splitserve.kv.page_mover import PageMover, all_ended
+from splitserve.kv.page_part import PagePart
 from splitserve.kv.pages import PageAccess, PeerPool, SharesPages
 from splitserve.kv.peer_pools import PeerPools
 from splitserve.kv.pool_sharing import PoolShare, PoolSharing, ShareListener
@@ -91,6 +93,8 @@ class KvStoreClient(BlockClient):
             await runs.connect()
             if pages is not None:
                 client._mover = PageMover(pages, copier, layout)
+                if client._mover.device is not None:
+                    client._mover.device.reaches(runs.present.transport)  # begins to prepare that
                 if pages.shared is not None and transport in ("auto", "device"):
                     await client._use_pools(pages.shared, worker_id, keeps_blocks)
         except BaseException:
@@ -124,7 +128,7 @@ class KvStoreClient(BlockClient):
         mover = self._pages_mover
         run = await self._runs.of(lease)
         size = max(map(mover.size_of, parts), default=1)
-        slices = mover.slices(parts, size)
+        slices = mover.slices(parts, size, run.transport)
         await all_ended(self._put_slice(run, mover, lease, some) for some in slices)
 
     async def _put_slice(
@@ -135,6 +139,11 @@ class KvStoreClient(BlockClient):
                 # What came too late is tried again, once the store has vouched for the lease anew.
                 begin_by_s = await self._vouched_until(run, lease)
                 parts = parts[await mover.put(run.transport, lease, parts, begin_by_s) :]
+
+    @property
+    def seals_pages(self) -> bool:
+        """Whether this worker's blocks have digests of pages, which `seal_pages` takes."""
+        return self._pages_mover.device is not None
 
     def open_share(self, listener: ShareListener) -> PoolShare | None:
         """A share for blocks that stay in this worker's pool, to be closed with `close_share`. None
@@ -148,12 +157,11 @@ class KvStoreClient(BlockClient):
             self._sharing.close_share(share)
 
     async def seal_pages(self, blocks: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
-        """The digests of whole (key, num_tokens, page) blocks that were reserved to stay in the
-        pool. From here on the pages must stay as they are until the listener is told that the
-        blocks are gone, or they are given up.
+        """The digests of whole (key, num_tokens, page) blocks. From here on the pages of those that
+        stay in the pool must stay as they are until the listener is told that the blocks are gone,
+        or they are given up.
         """
-        with self._measured("device", "write", len(blocks) * self.layout.block_bytes):
-            return await self._pages_mover.seal(self._shared, blocks)
+        return await self._device.seal(blocks)
 
     async def share_pages(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, bytes]]
@@ -171,7 +179,8 @@ class KvStoreClient(BlockClient):
                 digests=b"".join(digests),
             ),
         )
-        with typed_errors():
+        size = len(blocks) * self.layout.block_bytes
+        with self._measured("device", "write", size), typed_errors():
             await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
 
     async def report_layers(
@@ -208,14 +217,12 @@ class KvStoreClient(BlockClient):
         for. Raises BlockNotFound if a pool is gone. A cancelled call ends once it no longer writes
         the pages.
         """
-        mover = self._pages_mover
         pools = {block.pool_page.pool_id for block in blocks}
         mapped = pools.intersection(self._peers_of_pools.mapped)
         for pool_id in mapped:
             of_pool = [i for i, b in enumerate(blocks) if b.pool_page.pool_id == pool_id]
             async with self._peer(pool_id) as peer:
-                await mover.copy_ahead(
-                    self._shared,
+                await self._device.copy_ahead(
                     peer,
                     [blocks[i] for i in of_pool],
                     [targets[i] for i in of_pool],
@@ -237,10 +244,9 @@ class KvStoreClient(BlockClient):
         Of blocks in pools only layers from `first_layers` on are copied, if given: the others were
         copied ahead.
 
-        The pages of the others have any content if the block is in a pool, else what they had. The
-        store is told of those, so that the blocks can be written anew, but not of `hinted` keys:
-        it never said that they were there. A cancelled call ends once it no longer writes the
-        pages.
+        The pages of the others have any content. The store is told of those, so that the blocks can
+        be written anew, but not of `hinted` keys: it never said that they were there. A cancelled
+        call ends once it no longer writes the pages.
         """
         mover = self._pages_mover
         run = await self._runs.of(lease)
@@ -249,7 +255,8 @@ class KvStoreClient(BlockClient):
             indexes.setdefault(block.pool_page.pool_id if block.pool_page else 0, []).append(index)
         slices: list[tuple[int, Sequence[int]]] = []
         for pool_id, of_pool in indexes.items():
-            parts = [of_pool] if pool_id else mover.slices(of_pool, self.layout.block_bytes)
+            size = self.layout.block_bytes
+            parts = [of_pool] if pool_id else mover.slices(of_pool, size, run.transport)
             slices += [(pool_id, part) for part in parts]
         taken = await all_ended(
             self._take_slice(
@@ -288,7 +295,7 @@ class KvStoreClient(BlockClient):
                 return await mover.take(run.transport, lease, blocks, targets)
         async with self._peer(pool_id) as peer:
             with self._measured("device", "read", size):
-                return await mover.take_from_peer(self._shared, peer, blocks, targets, first_layers)
+                return await self._device.take_from_peer(peer, blocks, targets, first_layers)
 
     async def let_go(self, lease: Lease, keys: Iterable[bytes]) -> None:
         """Needs blocks in pools no more, so that their workers may have the pages back. Others are
@@ -306,11 +313,11 @@ class KvStoreClient(BlockClient):
         return self._mover
 
     @property
-    def _shared(self) -> SharesPages:
-        shared = self._pages_mover.pages.shared
-        if shared is None:
+    def _device(self) -> DeviceMover:
+        device = self._pages_mover.device
+        if device is None:
             raise RuntimeError("the pool is not shared")
-        return shared
+        return device
 
     @property
     def _peers_of_pools(self) -> PeerPools:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -19,6 +19,7 @@ class Copier:
         """`threads` 0: two, or on a large machine half of its cores up to eight."""
         self.threads = threads or max(2, min(8, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="kv-copy")
+        self._last: list[Future[object]] = []
 
     async def run(self, work: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """The result of `work`. A cancelled caller gets control back only once the thread no
@@ -33,8 +34,14 @@ class Copier:
                 await _outlast(done)
             raise
 
+    def later(self, work: Callable[[], object]) -> None:
+        """Have a thread do it some time, before `close` returns."""
+        self._last.append(self._pool.submit(work))
+        self._last = [job for job in self._last if not job.done()]
+
     def close(self) -> None:
         """Lets running copies end."""
+        wait(self._last)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -6,8 +6,9 @@ that no other process can write to.
 1. A writer copies pages to a buffer, the buffer to the arena, and digests the buffer: what is
    committed is the digest of what the pages hold, whatever else is written to the arena.
 2. A reader copies the arena to a buffer, digests the buffer, and copies what is whole from there to
-   its pages: what it uses is what it verified, whatever becomes of the arena, and a page that a
-   damaged block was meant for is not touched.
+   its pages: what it uses is what it verified, whatever becomes of the arena.
+
+A device that reaches the arena by itself needs no buffers: see `device_mover`.
 """
 
 from __future__ import annotations
@@ -15,24 +16,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import TypeVar
 
 import numpy as np
 
 from splitserve.errors import BlockCorrupt
-from splitserve.kv.codec import BlockHasher, block_digest, sealed_digest
+from splitserve.kv.codec import is_digest_of, is_of_page
 from splitserve.kv.copier import Copier
-from splitserve.kv.layout import (
-    KvLayout,
-    Lease,
-    PartialBlock,
-    PoolPage,
-    ReadableBlock,
-    Reservation,
-)
-from splitserve.kv.pages import LayerRun, PageAccess, PeerPool, SharesPages
+from splitserve.kv.device_mover import DeviceMover
+from splitserve.kv.layout import KvLayout, Lease, ReadableBlock
+from splitserve.kv.page_part import PagePart
+from splitserve.kv.pages import PageAccess
 from splitserve.kv.staging import Staging
 from splitserve.kv.transports.base import Transport
 from splitserve.kv.transports.shm import ShmTransport
@@ -47,20 +42,6 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-@dataclass(frozen=True)
-class PagePart:
-    """Layers [first_layer, end_layer) of a page, to be written to a reserved block. `hasher` has
-    taken in the layers before, and takes in these.
-    """
-
-    key: bytes
-    reservation: Reservation
-    page: int
-    first_layer: int
-    end_layer: int
-    hasher: BlockHasher
-
-
 class PageMover:
     """The copies of one worker's pool. To be closed once the copier is."""
 
@@ -69,13 +50,23 @@ class PageMover:
         self._copier = copier
         self._layout = layout
         self._staging = Staging(pages, max(_STAGED_BYTES, layout.block_bytes))
+        shared = pages.shared
+        self.device = (
+            DeviceMover(shared, pages.layer_bytes, copier, layout) if shared is not None else None
+        )
 
     def close(self) -> None:
         """Gives up the buffers, in the calling thread: with a device it may take a while."""
         self._staging.close()
+        if self.device is not None:
+            self.device.close()
 
-    def slices(self, items: Sequence[_T], item_bytes: int) -> list[Sequence[_T]]:
-        """The items cut up for the threads, in order."""
+    def slices(
+        self, items: Sequence[_T], item_bytes: int, transport: Transport | None = None
+    ) -> list[Sequence[_T]]:
+        """The items cut up for the threads, in order. All together where a device copies them."""
+        if self.device is not None and transport is not None and self.device.reaches(transport):
+            return [items]
         worthwhile = -(-len(items) * item_bytes // _SLICE_BYTES)
         count = max(1, min(self._copier.threads, worthwhile, len(items)))
         bounds = [at * len(items) // count for at in range(count + 1)]
@@ -91,6 +82,10 @@ class PageMover:
         """Writes parts. How many, from the first: no copy to the arena begins after `begin_by_s`,
         and the others' hashers have taken in nothing. What is raised is that of `Transport.write`.
         """
+        if self.device is not None:
+            num_put = await self.device.put(transport, parts, begin_by_s)
+            if num_put is not None:
+                return num_put
         if isinstance(transport, ShmTransport):
             spans = [
                 transport.span(
@@ -117,9 +112,13 @@ class PageMover:
         blocks: Sequence[ReadableBlock],
         targets: Sequence[Sequence[int]],
     ) -> list[bool]:
-        """Copies each block that is whole to its own pages. Which of them are; the pages of the
-        others stay as they are.
+        """Copies each block to its own pages. Which of them are whole; the pages of the others have
+        any content.
         """
+        if self.device is not None:
+            whole = await self.device.take(transport, blocks, targets)
+            if whole is not None:
+                return whole
         if isinstance(transport, ShmTransport):
             spans = [transport.span(block.arena_offset, block.size_bytes) for block in blocks]
             return await self._copier.run(self._insert_from_arena, blocks, spans, targets)
@@ -133,45 +132,6 @@ class PageMover:
                 continue
             whole += await self._copier.run(self._insert, [block], [buffer], [pages])
         return whole
-
-    async def take_from_peer(
-        self,
-        shared: SharesPages,
-        peer: PeerPool,
-        blocks: Sequence[ReadableBlock],
-        targets: Sequence[Sequence[int]],
-        first_layers: Sequence[int],
-    ) -> list[bool]:
-        """Copies each block from its page of the peer, from its first layer on, to own pages. Which
-        of them are whole.
-        """
-        return await self._copier.run(
-            self._take_from_peer, shared, peer, blocks, targets, first_layers
-        )
-
-    async def copy_ahead(
-        self,
-        shared: SharesPages,
-        peer: PeerPool,
-        blocks: Sequence[PartialBlock],
-        targets: Sequence[Sequence[int]],
-        first_layers: Sequence[int],
-    ) -> None:
-        """Copies what there is of each block, from its first layer on, and checks nothing."""
-        places = [block.pool_page for block in blocks]
-        runs = _runs(places, targets, first_layers, [block.num_layers for block in blocks])
-        await self._copier.run(shared.copy_from_peer, peer, runs)
-
-    async def seal(
-        self, shared: SharesPages, blocks: Sequence[tuple[bytes, int, int]]
-    ) -> list[bytes]:
-        """The digests of (key, num_tokens, page) blocks that stay in the pool."""
-        pages = [page for _, _, page in blocks]
-        digests = await self._copier.run(shared.digest_pages, pages)
-        return [
-            self._sealed(key, num_tokens, digest)
-            for (key, num_tokens, _), digest in zip(blocks, digests, strict=True)
-        ]
 
     def _offset_of(self, part: PagePart) -> int:
         return part.first_layer * self.pages.layer_bytes
@@ -199,7 +159,7 @@ class PageMover:
 
     def _export(self, parts: Sequence[PagePart], views: Sequence[memoryview]) -> None:
         together = zip(parts, views, strict=True)
-        for (first, end), group in groupby(together, lambda one: _layers_of(one[0])):
+        for (first, end), group in groupby(together, lambda one: one[0].layers):
             members = list(group)
             self.pages.export_pages(
                 [part.page for part, _ in members], first, end, [view for _, view in members]
@@ -229,9 +189,15 @@ class PageMover:
         targets: Sequence[Sequence[int]],
     ) -> list[bool]:
         """The views are of this process alone."""
+        if self.device is not None and all(is_of_page(block.digest) for block in blocks):
+            together = [
+                (page, view) for view, own in zip(views, targets, strict=True) for page in own
+            ]
+            self.pages.insert_pages([page for page, _ in together], [view for _, view in together])
+            return self.device.whole(blocks, targets)
         fingerprint = self._layout.fingerprint
         whole = [
-            block_digest(block.key, block.num_tokens, fingerprint, view) == block.digest
+            is_digest_of(block.digest, block.key, block.num_tokens, fingerprint, view)
             for block, view in zip(blocks, views, strict=True)
         ]
         together = [
@@ -242,29 +208,6 @@ class PageMover:
         ]
         self.pages.insert_pages([page for page, _ in together], [view for _, view in together])
         return whole
-
-    def _take_from_peer(
-        self,
-        shared: SharesPages,
-        peer: PeerPool,
-        blocks: Sequence[ReadableBlock],
-        targets: Sequence[Sequence[int]],
-        first_layers: Sequence[int],
-    ) -> list[bool]:
-        """Digests its own copies: the peer's pages may be gone at any time."""
-        num_layers = self._layout.block_bytes // self.pages.layer_bytes
-        places = [block.pool_page for block in blocks]
-        runs = _runs(places, targets, first_layers, [num_layers] * len(blocks))
-        own = [page for pages in targets for page in pages]
-        copied = [block for block, pages in zip(blocks, targets, strict=True) for _ in pages]
-        whole = {block.key: True for block in blocks}
-        for block, digest in zip(copied, shared.copy_from_peer(peer, runs, own), strict=True):
-            whole[block.key] &= self._sealed(block.key, block.num_tokens, digest) == block.digest
-        return [whole[block.key] for block in blocks]
-
-    def _sealed(self, key: bytes, num_tokens: int, page_digest: bytes) -> bytes:
-        layout = self._layout
-        return sealed_digest(key, num_tokens, layout.fingerprint, layout.block_bytes, page_digest)
 
 
 async def all_ended(works: Iterable[Awaitable[_R]]) -> list[_R]:
@@ -278,26 +221,6 @@ async def all_ended(works: Iterable[Awaitable[_R]]) -> list[_R]:
             raise result
         results.append(result)
     return results
-
-
-def _runs(
-    places: Sequence[PoolPage | None],
-    targets: Sequence[Sequence[int]],
-    first_layers: Sequence[int],
-    end_layers: Sequence[int],
-) -> list[LayerRun]:
-    """One for all of the same layers. What is in no pool is left out."""
-    together: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-    for place, own, first, end in zip(places, targets, first_layers, end_layers, strict=True):
-        if place is not None and first < end:
-            pages, own_pages = together.setdefault((first, end), ([], []))
-            pages += [place.page] * len(own)
-            own_pages += own
-    return [LayerRun(*pages, *layers) for layers, pages in together.items()]
-
-
-def _layers_of(part: PagePart) -> tuple[int, int]:
-    return part.first_layer, part.end_layer
 
 
 def _batches(items: Sequence[_T], count: int) -> Iterator[Sequence[_T]]:
@@ -318,7 +241,8 @@ def _copy(target: memoryview, source: memoryview) -> None:
 
 def _take_in(parts: Sequence[PagePart], views: Sequence[memoryview]) -> None:
     for part, view in zip(parts, views, strict=True):
-        part.hasher.update(view)
+        if part.hasher is not None:
+            part.hasher.update(view)
 
 
 def _unchecked() -> None:

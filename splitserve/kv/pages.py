@@ -46,6 +46,15 @@ class PeerPool(Protocol):
         """Unmap it. No copy may be under way."""
 
 
+class HostPool(PeerPool, Protocol):
+    """Memory of the host that a device reaches."""
+
+    def prepare(self) -> None:
+        """Do ahead what the first copies would have to wait for. Raises `OSError` if it cannot be
+        reached, or was closed meanwhile.
+        """
+
+
 class LayerRun(NamedTuple):
     """Layers [first_layer, end_layer) of pages of a peer, each to be copied to an own one."""
 
@@ -79,6 +88,31 @@ class SharesPages(Protocol):
         """Copy each run, and wait. The digests of the `digested` own pages as they are then.
 
         Raises `OSError` if the peer has no such page or the copy fails.
+        """
+
+    def open_host(self, memory: memoryview) -> HostPool:
+        """Have the device reach memory of this host that others may share: an arena."""
+
+    def copy_to_host(
+        self,
+        host: HostPool,
+        pages: Sequence[int],
+        first_layer: int,
+        end_layer: int,
+        offsets: Sequence[int],
+    ) -> None:
+        """Copy layers [first_layer, end_layer) of each page to where they belong in the block that
+        begins at its own of `offsets`, a multiple of 4 KiB, and wait.
+
+        Raises `OSError` if it cannot be reached or the copy fails.
+        """
+
+    def copy_from_host(
+        self, host: HostPool, offsets: Sequence[int], own_pages: Sequence[int]
+    ) -> list[bytes]:
+        """Copy each block to an own page, and wait. The digests of these pages then.
+
+        Raises `OSError` if it cannot be reached or the copy fails.
         """
 
     def digest_pages(self, pages: Sequence[int]) -> list[bytes]:

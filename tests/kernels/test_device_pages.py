@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from splitserve_kernels.page_digest_rules import digest_pages_reference
 
-from splitserve.engine import device_pages
+from splitserve.engine import device_pages, host_memory
 from splitserve.engine.device_pages import DevicePages, DevicePeer
+from splitserve.engine.host_memory import OFFSET_BYTES
 from splitserve.kv.pages import LayerRun, SharesPages
 
 PAGES, LAYERS, LAYER_BYTES = 6, 4, 64
@@ -113,3 +115,100 @@ def test_a_handle_of_a_part_of_a_page_leaves_nothing_mapped(
     else:
         assert target.open_peer(handle).pages().shape == (2, own.shape[1])
         assert mapping.is_open
+
+
+class Driver:
+    """Notes what is registered, in place of a GPU's."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.registered: dict[int, int] = {}
+        self.refuses = False
+        patch.setattr(host_memory, "register", self.register)
+        patch.setattr(host_memory, "unregister", lambda address, _: self.registered.pop(address))
+        patch.setattr(host_memory, "_PIECE_BYTES", 2 * OFFSET_BYTES)
+
+    def register(self, address: int, size_bytes: int, _: torch.device) -> None:
+        if self.refuses:
+            raise OSError("cannot be pinned")
+        assert address not in self.registered
+        self.registered[address] = size_bytes
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    return Driver(monkeypatch)
+
+
+def make_arena(size_bytes: int = 5 * OFFSET_BYTES) -> memoryview:
+    return memoryview(bytearray(random.Random(3).randbytes(size_bytes)))
+
+
+def test_pages_go_to_the_arena_by_layers_and_back_from_there(driver: Driver) -> None:
+    (source, theirs), (target, own) = make(1), make(2)
+    arena = make_arena()
+    expected = bytearray(arena)
+    writes = source.open_host(arena)
+    offsets = [OFFSET_BYTES, 4 * OFFSET_BYTES]
+    source.copy_to_host(writes, [4, 1], 0, 3, offsets)
+    source.copy_to_host(writes, [4, 1], 3, LAYERS, offsets)
+    for page, offset in zip([4, 1], offsets, strict=True):
+        expected[offset : offset + LAYERS * LAYER_BYTES] = theirs[page].numpy().tobytes()
+    assert bytes(arena) == bytes(expected)
+    writes.close()
+    reads = target.open_host(arena)
+    digests = target.copy_from_host(reads, [offsets[1], offsets[0], offsets[0]], [5, 0, 3])
+    assert torch.equal(own[[5, 0, 3]], theirs[[1, 4, 4]])
+    assert digests == digest_pages_reference(theirs.numpy(), [1, 4, 4])
+    assert sorted(driver.registered.values()) == [OFFSET_BYTES, 2 * OFFSET_BYTES], (
+        "pieces that were used, of the last of which there is half"
+    )
+    reads.close()
+    reads.close()
+    assert driver.registered == {}
+
+
+@pytest.mark.parametrize("offset", [-OFFSET_BYTES, 8, 5 * OFFSET_BYTES])
+def test_places_that_an_arena_does_not_have(driver: Driver, offset: int) -> None:
+    pages, _ = make(1)
+    host = pages.open_host(make_arena())
+    with pytest.raises(OSError, match=r"begins|ends"):
+        pages.copy_from_host(host, [0, offset], [1, 2])
+    with pytest.raises(OSError, match=r"begins|ends"):
+        pages.copy_to_host(host, [1], 0, 1, [offset])
+    assert driver.registered == {}
+
+
+def test_an_arena_that_was_given_up_or_cannot_be_pinned(driver: Driver) -> None:
+    pages, _ = make(1)
+    host = pages.open_host(make_arena())
+    driver.refuses = True
+    with pytest.raises(OSError, match="pinned"):
+        pages.copy_from_host(host, [0], [1])
+    host.close()
+    with pytest.raises(OSError, match="given up"):
+        pages.copy_from_host(host, [0], [1])
+    with pytest.raises(TypeError):
+        pages.copy_from_host(DevicePeer(torch.zeros(1), None), [0], [1])
+
+
+def test_an_arena_is_prepared_ahead(driver: Driver) -> None:
+    pages, _ = make(1)
+    host = pages.open_host(make_arena())
+    host.prepare()
+    before = dict(driver.registered)
+    assert sorted(before.values()) == [OFFSET_BYTES, 2 * OFFSET_BYTES, 2 * OFFSET_BYTES]
+    pages.copy_from_host(host, [3 * OFFSET_BYTES], [1])
+    assert driver.registered == before
+    host.close()
+    host.prepare()
+    assert driver.registered == {}
+
+
+def test_an_arena_is_given_up_by_the_last_copy_under_way(driver: Driver) -> None:
+    pages, _ = make(1)
+    host = pages.open_host(make_arena())
+    with host.places([0], 0, 8) as places:
+        host.close()
+        assert len(driver.registered) == 1
+        assert places.shape == (5, 8)
+    assert driver.registered == {}

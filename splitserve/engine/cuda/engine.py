@@ -35,7 +35,7 @@ from splitserve.engine.layer_groups import ends_group, reporting
 from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.engine.triton_attention import TritonAttention
-from splitserve.kv.pages import LayerRun, PeerPool
+from splitserve.kv.pages import HostPool, LayerRun, PeerPool
 from splitserve.models.decoder import Decoder
 from splitserve.parallel.group import Group
 
@@ -199,6 +199,27 @@ class CudaEngine:
     ) -> list[bytes]:
         """See `SharesPages.copy_from_peer`."""
         return self._pages.copy_from_peer(peer, runs, digested)
+
+    def open_host(self, memory: memoryview) -> HostPool:
+        """See `SharesPages.open_host`."""
+        return self._pages.open_host(memory)
+
+    def copy_to_host(
+        self,
+        host: HostPool,
+        pages: Sequence[int],
+        first_layer: int,
+        end_layer: int,
+        offsets: Sequence[int],
+    ) -> None:
+        """See `SharesPages.copy_to_host`."""
+        self._pages.copy_to_host(host, pages, first_layer, end_layer, offsets)
+
+    def copy_from_host(
+        self, host: HostPool, offsets: Sequence[int], own_pages: Sequence[int]
+    ) -> list[bytes]:
+        """See `SharesPages.copy_from_host`."""
+        return self._pages.copy_from_host(host, offsets, own_pages)
 
     def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
         """See `SharesPages.digest_pages`."""

@@ -37,6 +37,7 @@ class ShmTransport:
         self._arena: NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8)
         self._copier = copier
         self._closed = False
+        self._when_closed: list[Callable[[], None]] = []
 
     @classmethod
     async def open(cls, handle_socket: str, *, epoch: int, copier: Copier) -> ShmTransport:
@@ -88,6 +89,12 @@ class ShmTransport:
         """See Transport. The kernel unmaps when the last copy in flight lets go."""
         self._closed = True
         self._arena = np.empty(0, dtype=np.uint8)
+        while self._when_closed:
+            self._when_closed.pop()()
+
+    def when_closed(self, let_go: Callable[[], None]) -> None:
+        """Have `let_go` called by `close`: it gives up what else keeps the arena."""
+        self._when_closed.append(let_go)
 
     def _span(self, offset: int, size_bytes: int) -> NDArray[np.uint8]:
         if self._closed:

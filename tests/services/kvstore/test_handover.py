@@ -175,7 +175,7 @@ async def test_a_writer_whose_lease_ran_out_is_stopped(
     with pytest.raises(LeaseEnded):
         await client.write(mine, blocks.keys[0], reservation, 0, memoryview(b"late"))
     with pytest.raises(LeaseEnded):
-        await client.commit(mine, [(blocks.keys[0], b"d" * 16)])
+        await client.commit(mine, [(blocks.keys[0], b"d" * 17)])
 
     async def freed():
         return (await client.stats()).used_bytes == 0

@@ -9,19 +9,20 @@ import threading
 import pytest
 
 from splitserve.engine.fake import FakeEngine
+from splitserve.engine.fake_shared import SharedFakeEngine
 from splitserve.kv.client import KvStoreClient
 from splitserve.kv.codec import BlockHasher, block_digest
 from splitserve.kv.layout import BlockSpec, KvLayout
-from splitserve.kv.page_mover import PagePart
+from splitserve.kv.page_part import PagePart
 from splitserve.worker.pages import EnginePages
 
 COUNT = 6
 TOKENS = 1024
 
 
-def make_engine():
+def make_engine(kind=FakeEngine):
     """Pages of half a MiB."""
-    return FakeEngine(num_pages=16, num_layers=64, block_tokens=TOKENS)
+    return kind(num_pages=16, num_layers=64, block_tokens=TOKENS)
 
 
 SPEC = make_engine().spec
@@ -46,7 +47,10 @@ async def client_of(shared_store):
         yield make
 
 
-@pytest.mark.parametrize(("writes", "reads"), [("shm", "shm"), ("shm", "grpc"), ("grpc", "shm")])
+WAYS = [("shm", "shm"), ("shm", "grpc"), ("grpc", "shm")]
+
+
+@pytest.mark.parametrize(("writes", "reads"), WAYS)
 async def test_blocks_go_from_pages_to_pages(client_of, awaited, writes, reads):
     source, target = make_engine(), make_engine()
     writer, reader = await client_of(source, writes), await client_of(target, reads)
@@ -74,7 +78,7 @@ async def test_blocks_go_from_pages_to_pages(client_of, awaited, writes, reads):
         block_digest(key, TOKENS, fingerprint, content)
         for key, content in zip(keys, contents, strict=True)
     ]
-    digests[4] = bytes(16)  # as if it had been damaged
+    digests[4] = bytes(17)  # as if it had been damaged
     await writer.commit(lease, zip(keys, digests, strict=True))
     blocks, missing = await awaited(reader, lease, keys)
     assert missing == []
@@ -90,6 +94,47 @@ async def test_blocks_go_from_pages_to_pages(client_of, awaited, writes, reads):
     for page in targets[4]:
         target.export_page(page, 0, SPEC.num_layers, memoryview(out))
         assert bytes(out) == bytes(SPEC.block_bytes), "a damaged block does not touch its page"
+    assert (await awaited(reader, lease, [keys[4]]))[1] == [keys[4]], "it was given up"
+    await writer.release([lease])
+
+
+@pytest.mark.parametrize("reader_digests", [True, False])
+@pytest.mark.parametrize(("writes", "reads"), WAYS)
+async def test_blocks_of_a_device_that_digests_pages_go_to_any_reader(
+    client_of, awaited, writes, reads, reader_digests
+):
+    source = make_engine(SharedFakeEngine)
+    target = make_engine(SharedFakeEngine if reader_digests else FakeEngine)
+    writer, reader = await client_of(source, writes), await client_of(target, reads)
+    assert writer.seals_pages
+    assert reader.seals_pages == reader_digests
+    keys = [random.randbytes(32) for _ in range(COUNT)]
+    contents = [random.Random(at).randbytes(SPEC.block_bytes) for at in range(COUNT)]
+    for page, content in enumerate(contents):
+        source.insert_page(page, memoryview(content))
+    lease = await writer.grant_lease("test", 10_000)
+    reservations = await writer.reserve(
+        lease, [BlockSpec(key, SPEC.block_bytes, TOKENS) for key in keys]
+    )
+    for first, end in ((0, 40), (40, 64)):
+        parts = [
+            PagePart(key, reservation, page, first, end, None)
+            for page, (key, reservation) in enumerate(zip(keys, reservations, strict=True))
+        ]
+        await writer.put_pages(lease, parts)
+    digests = await writer.seal_pages([(key, TOKENS, page) for page, key in enumerate(keys)])
+    digests[4] = digests[4][:-1] + b"?"
+    await writer.commit(lease, zip(keys, digests, strict=True))
+    blocks, _ = await awaited(reader, lease, keys)
+    blocks.sort(key=lambda block: keys.index(block.key))
+    targets = [[2 * at, 2 * at + 1] for at in range(COUNT)]
+    whole = await reader.take_pages(lease, blocks, targets)
+    assert whole == [True, True, True, True, False, True]
+    out = bytearray(SPEC.block_bytes)
+    for at in (0, 1, 2, 3, 5):
+        for page in targets[at]:
+            target.export_page(page, 0, SPEC.num_layers, memoryview(out))
+            assert bytes(out) == contents[at]
     assert (await awaited(reader, lease, [keys[4]]))[1] == [keys[4]], "it was given up"
     await writer.release([lease])
 

@@ -13,7 +13,6 @@ import pytest
 from splitserve.engine.fake_shared import SharedFakeEngine
 from splitserve.errors import InvalidRequest, LeaseEnded
 from splitserve.kv.client import KvStoreClient
-from splitserve.kv.codec import BlockHasher
 from splitserve.kv.layout import BlockSpec, KvLayout
 from splitserve.kv.page_mover import PagePart
 from splitserve.worker.pages import EnginePages
@@ -68,11 +67,9 @@ class Worker:
         assert answer.must_write
         assert not answer.in_pool
         spec = self.engine.spec
-        hasher = BlockHasher(key, 16, self.client.layout.fingerprint, spec.block_bytes)
-        await self.client.put_pages(
-            lease, [PagePart(key, answer, page, 0, spec.num_layers, hasher)]
-        )
-        await self.client.commit(lease, [(key, hasher.digest())])
+        await self.client.put_pages(lease, [PagePart(key, answer, page, 0, spec.num_layers, None)])
+        (digest,) = await self.client.seal_pages([(key, 16, page)])
+        await self.client.commit(lease, [(key, digest)])
 
 
 class BogusEngine(SharedFakeEngine):

@@ -107,12 +107,12 @@ async def test_a_lease_that_does_not_exist(stub, lease):
 
 
 async def test_blocks_that_the_lease_does_not_hold(stub, lease):
-    commit = kvstore_pb2.BlockCommit(key=KEY, digest=b"d" * 16)
+    commit = kvstore_pb2.BlockCommit(key=KEY, digest=b"d" * 17)
     read = kvstore_pb2.ReadBlocksRequest(lease=lease, keys=[KEY])
     assert await code_of(stub.ReadBlocks(read, timeout=5)) is grpc.StatusCode.NOT_FOUND
     request = kvstore_pb2.CommitBlocksRequest(lease=lease, blocks=[commit])
     assert await code_of(stub.CommitBlocks(request, timeout=5)) is ENDED
-    damaged = [kvstore_pb2.DamagedBlock(key=KEY, digest=b"d" * 16)]
+    damaged = [kvstore_pb2.DamagedBlock(key=KEY, digest=b"d" * 17)]
     drop = kvstore_pb2.DropBlocksRequest(lease=lease, blocks=damaged)
     assert (await stub.DropBlocks(drop, timeout=5)).num_dropped == 0
     drop.blocks[0].digest = b"short"

@@ -3,16 +3,21 @@
 import math
 import os
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from splitserve_kernels.page_digest_rules import digest_pages_reference
 
-from splitserve.kv import page_mover
+from splitserve.errors import Unavailable
+from splitserve.kv import device_mover, page_mover
 from splitserve.kv.codec import BlockHasher, block_digest
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout, Lease, ReadableBlock, Reservation, ReservationState
-from splitserve.kv.page_mover import PageMover, PagePart
+from splitserve.kv.page_mover import PageMover
+from splitserve.kv.page_part import PagePart
 from splitserve.kv.transports.handle import Handle
 from splitserve.kv.transports.shm import ShmTransport
 
@@ -30,7 +35,7 @@ LEASE = Lease("id", 1, "here")
 )
 def test_slices_are_all_items_in_order(count, item_bytes, threads):
     copier = Copier(threads)
-    mover = PageMover(None, copier, KvLayout(b"m" * 32, 16, 4096))
+    mover = PageMover(StubPages(), copier, KvLayout(b"m" * 32, 16, 4096))
     slices = mover.slices(range(count), item_bytes)
     copier.close()
     assert [item for part in slices for item in part] == list(range(count))
@@ -174,3 +179,136 @@ async def test_no_copy_to_the_arena_begins_too_late_and_the_rest_can_follow(rig,
     assert await rig.put(*parts[fitting:]) == PARTS - fitting
     assert await rig.take(*parts) == [True] * PARTS
     assert rig.target.content == rig.source.content
+
+
+class StubDevice(StubPages):
+    """Pages that a device digests and copies to and from an arena. `before_copy` runs first."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = self
+        self.before_copy = lambda: None
+        self.opened, self.closed = [], []
+
+    def open_host(self, memory):
+        self.opened.append(memory)
+        return StubArena(memory, self.closed)
+
+    def copy_to_host(self, host, pages, first_layer, end_layer, offsets):
+        self.before_copy()
+        for page, offset in zip(pages, offsets, strict=True):
+            host.memory[offset : offset + BLOCK_BYTES] = self.content[page]
+        self.after_export()
+
+    def copy_from_host(self, host, offsets, own_pages):
+        self.before_copy()
+        for page, offset in zip(own_pages, offsets, strict=True):
+            self.content[page] = bytes(host.memory[offset : offset + BLOCK_BYTES])
+        return self.digest_pages(own_pages)
+
+    def digest_pages(self, pages):
+        rows = np.stack([np.frombuffer(self.content[page], np.uint8) for page in pages])
+        return digest_pages_reference(rows, range(len(pages)))
+
+
+class StubArena:
+    def __init__(self, memory, closed):
+        self.memory = memory
+        self.prepared = 0
+        self._closed = closed
+
+    def prepare(self):
+        self.prepared += 1
+        raise OSError("cannot be pinned")
+
+    def close(self):
+        self._closed.append(self)
+
+
+class DeviceRig(Rig):
+    """Both ends have a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.source, self.target = StubDevice(), StubDevice()
+        self.writer = PageMover(self.source, self.copier, LAYOUT)
+        self.reader = PageMover(self.target, self.copier, LAYOUT)
+
+    def part(self, page):
+        return replace(super().part(page), hasher=None)
+
+    async def take(self, *parts):
+        blocks = [
+            ReadableBlock(part.key, part.reservation.arena_offset, BLOCK_BYTES, digest, 16)
+            for part, digest in zip(parts, await self.seal(*parts), strict=True)
+        ]
+        return await self.reader.take(
+            self.transport, LEASE, blocks, [[part.page] for part in parts]
+        )
+
+    async def seal(self, *parts):
+        return await self.writer.device.seal([(part.key, 16, part.page) for part in parts])
+
+
+@pytest.fixture
+def device_rig():
+    rig = DeviceRig()
+    yield rig
+    rig.transport.close()
+    rig.copier.close()
+    rig.writer.close()
+    rig.reader.close()
+    assert len(rig.source.closed) == len(rig.source.opened)
+    assert len(rig.target.closed) == len(rig.target.opened)
+
+
+async def test_a_device_needs_no_buffers(device_rig):
+    rig, parts = device_rig, [device_rig.part(page) for page in range(PARTS)]
+    assert rig.writer.slices(parts, BLOCK_BYTES, rig.transport) == [parts]
+    assert await rig.put(*parts) == PARTS
+    assert await rig.take(*parts) == [True] * PARTS
+    assert rig.target.content == rig.source.content
+    assert (len(rig.source.opened), len(rig.target.opened)) == (1, 1)
+
+
+async def test_a_stale_write_is_found_on_the_pages_that_a_device_has_copied(device_rig):
+    rig, parts = device_rig, [device_rig.part(0), device_rig.part(1)]
+    rig.source.after_export = rig.damage
+    await rig.put(*parts)
+    assert await rig.take(*parts) == [True, False]
+
+
+async def test_no_copy_of_a_device_begins_too_late(device_rig, monkeypatch):
+    part = device_rig.part(0)
+    monkeypatch.setattr(device_mover.time, "monotonic", lambda: 2.0)
+    assert await device_rig.put(part, begin_by_s=2.0) == 0
+    assert bytes(device_rig.transport.arena) == bytes(ARENA_BYTES)
+    assert await device_rig.put(part, begin_by_s=2.1) == 1
+
+
+@pytest.mark.parametrize("end", ["source", "target"])
+async def test_what_a_device_cannot_reach_goes_through_buffers(device_rig, end):
+    """By the same digests."""
+    rig, parts = device_rig, [device_rig.part(0), device_rig.part(1)]
+
+    def refuse():
+        raise OSError("cannot be pinned")
+
+    stub = getattr(rig, end)
+    stub.before_copy = refuse
+    for _ in range(2):
+        assert await rig.put(*parts) == 2
+        assert await rig.take(*parts) == [True, True]
+    assert rig.target.content == rig.source.content
+    assert len(stub.opened) == 1, "it is not tried again"
+
+
+async def test_a_closed_transport_gives_up_what_the_device_has_of_its_arena(device_rig):
+    rig, part = device_rig, device_rig.part(0)
+    await rig.put(part)
+    assert rig.source.closed == []
+    rig.transport.close()
+    with pytest.raises(Unavailable):
+        await rig.put(part)
+    await rig.copier.run(lambda: None)
+    assert len(rig.source.closed) == 1

@@ -5,13 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.errors import InvalidRequest
+from splitserve.kv.codec import DIGEST_BYTES
 from splitserve.kv.layout import PoolPage
 from splitserve.kv.receipt import KvReceipt
 from splitserve.v1 import common_pb2
 
 BLOCKS = st.dictionaries(
     st.integers(0, 1 << 20),
-    st.tuples(st.integers(0, (1 << 32) - 1), st.binary(min_size=16, max_size=16)),
+    st.tuples(
+        st.integers(0, (1 << 32) - 1), st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES)
+    ),
 )
 
 
@@ -29,11 +32,11 @@ def test_it_survives_the_wire(
 @pytest.mark.parametrize(
     ("indexes", "pages", "digests"),
     [
-        ([0], [1, 2], b"d" * 16),
-        ([0, 1], [1, 2], b"d" * 16),
-        ([0], [1], b"d" * 17),
+        ([0], [1, 2], b"d" * 17),
+        ([0, 1], [1, 2], b"d" * 17),
+        ([0], [1], b"d" * 16),
         ([], [], b"d"),
-        ([1, 1], [2, 3], b"d" * 32),
+        ([1, 1], [2, 3], b"d" * 34),
     ],
 )
 def test_lists_that_do_not_fit_together(

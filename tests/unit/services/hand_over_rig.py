@@ -15,7 +15,7 @@ from splitserve.errors import (
 )
 from splitserve.kv.codec import block_digest
 from splitserve.kv.layout import BlockSpec, KvLayout, Lease, Reservation, ReservationState
-from splitserve.kv.page_mover import PagePart
+from splitserve.kv.page_part import PagePart
 from splitserve.kv.pool_sharing import PoolShare, ShareListener
 
 SPEC = FakeEngine(num_pages=8, block_tokens=4).spec
@@ -63,6 +63,8 @@ class StubStore:
         self.num_checks = 0
         self.checks_gate = asyncio.Event()
         self.checks_gate.set()
+
+    seals_pages = False
 
     def open_share(self, listener: ShareListener) -> PoolShare | None:
         self.listener = listener
