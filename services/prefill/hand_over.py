@@ -32,6 +32,7 @@ from splitserve.engine.protocol import EngineSpec
 from splitserve.errors import Overloaded, SplitserveError
 from splitserve.kv.codec import BlockHasher
 from splitserve.kv.layout import BlockSpec, Lease
+from splitserve.kv.page_mover import all_ended
 from splitserve.kv.pool_sharing import PoolShare
 from splitserve.kv.receipt import KvReceipt
 
@@ -245,12 +246,18 @@ class HandOver:
 
     async def _write_to_arena(self, store: BlockWriter, blocks: list[Block]) -> None:
         parts = [block.next_part() for block in blocks]
-        await store.put_pages(self._lease, parts)
+        whole = [
+            block
+            for block, part in zip(blocks, parts, strict=True)
+            if part.end_layer == self._spec.num_layers
+        ]
+        # A device digests its pages, whether they are written yet or not.
+        sealed: list[bytes] = []
+        await all_ended([store.put_pages(self._lease, parts), _seal(store, whole, sealed)])
         for block, part in zip(blocks, parts, strict=True):
             block.written = part.end_layer
-        whole = [block for block in blocks if block.written == self._spec.num_layers]
         if whole:
-            digests = await _digests(store, whole)
+            digests = sealed or [block.hasher.digest() for block in whole if block.hasher]
             keys = [block.key for block in whole]
             await store.commit(self._lease, zip(keys, digests, strict=True))
             self._committed(whole)
@@ -278,7 +285,7 @@ class HandOver:
                     await store.abandon(self._lease, rest)
 
 
-async def _digests(store: BlockWriter, blocks: Seq[Block]) -> list[bytes]:
-    if store.seals_pages:
-        return await store.seal_pages([(b.key, b.num_tokens, b.page) for b in blocks])
-    return [block.hasher.digest() for block in blocks if block.hasher]
+async def _seal(store: BlockWriter, blocks: Seq[Block], digests: list[bytes]) -> None:
+    """Adds the digests of pages, if there are to be any."""
+    if store.seals_pages and blocks:
+        digests += await store.seal_pages([(b.key, b.num_tokens, b.page) for b in blocks])

@@ -30,8 +30,9 @@ from splitserve.kv.pages import HostPool, LayerRun, PeerPool
 _HEAD: Final = struct.Struct("<16sQ")
 """In front of a handle: the pool's random name and the bytes of a page."""
 
-_HOST_PROGRAMS: Final = 32
-"""So many keep the bus to the host busy."""
+_WRITING_PROGRAMS: Final = 32
+_READING_PROGRAMS: Final = 128
+"""So many keep the bus to the host busy. One that reads waits for each tile."""
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class DevicePages:
         size = part.stop - part.start
         with _host_memory(host).places(offsets, part.start, size) as places, self._copying():
             own_pages, rows = self._sent(pages, [at // OFFSET_BYTES for at in offsets])
-            copy_pages(self._pool[:, part], own_pages, places, rows, programs=_HOST_PROGRAMS)
+            copy_pages(self._pool[:, part], own_pages, places, rows, programs=_WRITING_PROGRAMS)
 
     @torch.inference_mode()
     def copy_from_host(
@@ -155,7 +156,7 @@ class DevicePages:
         size = self._pool.shape[1]
         with _host_memory(host).places(offsets, 0, size) as places, self._copying():
             rows, own = self._sent([at // OFFSET_BYTES for at in offsets], own_pages)
-            copy_pages(places, rows, self._pool, own, programs=_HOST_PROGRAMS)
+            copy_pages(places, rows, self._pool, own, programs=_READING_PROGRAMS)
             return digest_pages(self._pool, own_pages, own)
 
     @torch.inference_mode()

@@ -41,6 +41,7 @@ class StubStore:
         self.parts: list[tuple[bytes, int, int]] = []
         self.exports: list[tuple[int, int, int]] = []
         self.shares = False
+        self.seals_pages = False
         self.out_of_reach: set[bytes] = set()
         self.listener: ShareListener | None = None
         self.reported: list[tuple[bytes, int, int]] = []
@@ -63,8 +64,6 @@ class StubStore:
         self.num_checks = 0
         self.checks_gate = asyncio.Event()
         self.checks_gate.set()
-
-    seals_pages = False
 
     def open_share(self, listener: ShareListener) -> PoolShare | None:
         self.listener = listener
@@ -95,7 +94,8 @@ class StubStore:
             assert not part.reservation.in_pool
             first, end = part.first_layer * layer, part.end_layer * layer
             data = page_content(part.page)[first:end]
-            part.hasher.update(data)
+            if part.hasher:
+                part.hasher.update(data)
             self.exports.append((part.page, part.first_layer, part.end_layer))
             self.parts.append((part.key, first, end - first))
             self.content[part.key][first:end] = data

@@ -9,10 +9,11 @@ import pytest
 from splitserve.errors import (
     LeaseEnded,
     Overloaded,
+    Unavailable,
 )
 from splitserve.kv.layout import ReservationState
 
-from .hand_over_rig import KEYS, PAGES, PRESENT, SPEC, Rig, digest_of, page_content
+from .hand_over_rig import KEYS, PAGES, PRESENT, SPEC, Rig, digest_of, page_content, sealed
 
 
 @pytest.fixture
@@ -39,6 +40,34 @@ async def test_layers_are_written_while_later_ones_are_computed(rig: Rig) -> Non
     assert rig.store.abandoned == []
     stats = rig.hand_over.stats
     assert (stats.num_blocks, stats.num_bytes) == (3, 3 * SPEC.block_bytes)
+
+
+async def test_blocks_for_the_arena_are_sealed_where_pages_are_digested(rig: Rig) -> None:
+    rig.store.seals_pages = True
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    rig.hand_over.layers_done(0, 3, 0, 2)
+    await rig.until(lambda: len(rig.store.parts) == 3)
+    rig.store.sealing_gate.clear()
+    rig.hand_over.complete()
+    await rig.until(lambda: len(rig.store.parts) == 6)
+    assert rig.store.committed == {}, "written, and not digested yet"
+    rig.store.sealing_gate.set()
+    await rig.finish()
+    tokens = (4, 4, 2)
+    assert rig.store.committed == {
+        key: sealed(key, count, page) for key, count, page in zip(KEYS, tokens, PAGES, strict=True)
+    }
+    assert [bytes(rig.store.content[key]) for key in KEYS] == [page_content(p) for p in PAGES]
+
+
+@pytest.mark.parametrize("step", ["seal", "write"])
+async def test_what_cannot_be_sealed_or_written_is_given_up(rig: Rig, step: str) -> None:
+    rig.store.seals_pages = True
+    rig.store.fault = {step: Unavailable("the store is gone")}
+    rig.hand_over.begin(KEYS, PAGES, 0)
+    await rig.finish()
+    assert rig.store.committed == {}
+    assert sorted(rig.store.abandoned) == KEYS
 
 
 async def test_what_is_ready_before_the_reservation_is_kept(rig: Rig) -> None:
