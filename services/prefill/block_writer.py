@@ -53,7 +53,9 @@ class BlockWriter(Protocol):
         """Tell how many layers of (key, page, num_layers) blocks in the pool are computed."""
         ...
 
-    async def seal_pages(self, blocks: Seq[tuple[bytes, int, int]]) -> list[bytes]:
+    async def seal_pages(
+        self, blocks: Seq[tuple[bytes, int, int]], *, staying: bool
+    ) -> list[bytes]:
         """The digests of (key, num_tokens, page) blocks by what is in their pages."""
         ...
 

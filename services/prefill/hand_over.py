@@ -3,7 +3,8 @@
 1. The core reports that pages are set aside; the blocks are reserved under the lease. A block that
    is there already, or that another is writing, is left to them.
 2. Each group of layers that is complete is copied out of the pages into the store.
-3. A block whose layers are all written is committed with the digest of what was copied.
+3. A block whose layers are all written is committed with the digest of what was copied, or of its
+   page.
 4. Whatever was not committed in the end is abandoned, so that who awaits it is told.
 
 A block that may stay in the pool is left there (`pool_blocks`), unless someone who cannot map the
@@ -288,4 +289,5 @@ class HandOver:
 async def _seal(store: BlockWriter, blocks: Seq[Block], digests: list[bytes]) -> None:
     """Adds the digests of pages, if there are to be any."""
     if store.seals_pages and blocks:
-        digests += await store.seal_pages([(b.key, b.num_tokens, b.page) for b in blocks])
+        places = [(block.key, block.num_tokens, block.page) for block in blocks]
+        digests += await store.seal_pages(places, staying=False)

@@ -149,7 +149,7 @@ class PoolBlocks:
         self._tell(store, share, [block for block in blocks if block.ready in worth_telling])
         if whole:
             places = [(block.key, block.num_tokens, block.page) for block in whole]
-            digests = await store.seal_pages(places)
+            digests = await store.seal_pages(places, staying=True)
             self.receipt.add((b.index, b.page, d) for b, d in zip(whole, digests, strict=True))
             if set(whole).issuperset(block for block in pending if block.stays):
                 self.receipt.finish(share)

@@ -205,10 +205,10 @@ class EngineCore:
         self._queued_tokens = self._scheduler.queued_tokens
         if self._scheduler.may_preempt:
             self._land(0)
+            decided_s = time.monotonic()
         chunks = self._scheduler.plan()
         if chunks:
-            self._take_off(chunks)
-            self._timing.launched(decided_s)
+            self._take_off(chunks, decided_s)
         elif self._hears_before_landing():
             return True
         self._land(self._flights.most_ahead if chunks else 0)
@@ -232,7 +232,7 @@ class EngineCore:
     def _wait_for_joiners(self) -> float:
         """Until the next step should be launched, if somebody may join it. The time of that."""
         now = time.monotonic()
-        if not self._flights or not self._scheduler.loading:
+        if not self._flights or not self._scheduler.may_be_joined:
             return now
         until = self._timing.launch_at(self._flights.oldest)
         if now >= until:
@@ -261,7 +261,7 @@ class EngineCore:
         while self._inbox:
             self._inbox.popleft()()
 
-    def _take_off(self, chunks: list[Chunk]) -> None:
+    def _take_off(self, chunks: list[Chunk], decided_s: float) -> None:
         if not self._flights:
             self._step_began = time.monotonic()
         slices = [slice_of(chunk) for chunk in chunks]
@@ -269,6 +269,7 @@ class EngineCore:
             self._scheduler.launched(chunk)
         try:
             self._flights.take_off(chunks, slices)
+            self._timing.launched(decided_s)
         except Exception:
             self._end_step(self._fail(chunks))
 
@@ -279,6 +280,7 @@ class EngineCore:
             try:
                 drawn = flight.launched.tokens()
             except Exception:
+                self._timing.failed()
                 self._end_step(self._fail(flight.chunks))
                 continue
             self._timing.landed(flight)

@@ -10,6 +10,7 @@ import os
 import secrets
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -88,7 +89,7 @@ class DevicePages:
 
     def pages_handle(self) -> bytes:
         """See `SharesPages.pages_handle`. Raises `OSError` if the pool cannot be shared."""
-        self._warm_up()
+        self.prepare_pages()
         return _HEAD.pack(self._name, self._pool.shape[1]) + export_memory(self._pool)
 
     def open_peer(self, handle: bytes) -> DevicePeer:
@@ -100,7 +101,7 @@ class DevicePages:
             raise ConnectionError(f"the pool has pages of {page_bytes} bytes")
         if name == self._name:
             return DevicePeer(self._pool, None)
-        self._warm_up()
+        self.prepare_pages()
         memory = MappedMemory(handle[_HEAD.size :], self._pool.device)
         try:
             if memory.bytes.numel() % page_bytes:
@@ -130,7 +131,7 @@ class DevicePages:
 
     def open_host(self, memory: memoryview) -> HostMemory:
         """See `SharesPages.open_host`."""
-        return HostMemory(memory, self._pool.device)
+        return HostMemory(memory, self._pool.device, self.prepare_pages)
 
     @torch.inference_mode()
     def copy_to_host(
@@ -140,13 +141,19 @@ class DevicePages:
         first_layer: int,
         end_layer: int,
         offsets: Sequence[int],
-    ) -> None:
+        begin_by_s: float,
+    ) -> bool:
         """See `SharesPages.copy_to_host`."""
         part = self._part(first_layer, end_layer)
         size = part.stop - part.start
         with _host_memory(host).places(offsets, part.start, size) as places, self._copying():
             own_pages, rows = self._sent(pages, [at // OFFSET_BYTES for at in offsets])
+            # What was queued ahead is over with this, as is all that may have taken long.
+            self._settle()
+            if time.monotonic() >= begin_by_s:
+                return False
             copy_pages(self._pool[:, part], own_pages, places, rows, programs=_WRITING_PROGRAMS)
+            return True
 
     @torch.inference_mode()
     def copy_from_host(
@@ -176,8 +183,8 @@ class DevicePages:
         numbers = torch.tensor(list(chain(*lists)), dtype=torch.int64, device=self._pool.device)
         return torch.split(numbers, list(map(len, lists)))
 
-    def _warm_up(self) -> None:
-        """Has the kernels compiled before the first hand-over needs them."""
+    def prepare_pages(self) -> None:
+        """See `SharesPages.prepare_pages`."""
         with self._warming:
             if self._warm:
                 return
@@ -196,8 +203,12 @@ class DevicePages:
         try:
             with self._queued():
                 yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise OSError(f"the copy failed: {error}") from error
+
+    def _settle(self) -> None:
+        """Wait for what is queued by now."""
+        self._stream.synchronize()
 
     @contextmanager
     def _queued(self) -> Iterator[None]:

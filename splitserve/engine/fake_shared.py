@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,9 @@ class SharedFakeEngine(FakeEngine):
     def pool_domain(self) -> str:
         """See `SharesPages.pool_domain`."""
         return f"fake {boot_id()} {os.readlink('/proc/self/ns/pid')}"
+
+    def prepare_pages(self) -> None:
+        """See `SharesPages.prepare_pages`."""
 
     def pages_handle(self) -> bytes:
         """See `SharesPages.pages_handle`."""
@@ -76,11 +80,15 @@ class SharedFakeEngine(FakeEngine):
         first_layer: int,
         end_layer: int,
         offsets: Sequence[int],
-    ) -> None:
+        begin_by_s: float,
+    ) -> bool:
         """See `SharesPages.copy_to_host`."""
+        if time.monotonic() >= begin_by_s:
+            return False
         first, end = first_layer * self.spec.layer_bytes, end_layer * self.spec.layer_bytes
         for page, offset in zip(pages, offsets, strict=True):
             _span(host, offset + first, end - first)[:] = self._bytes[page, first:end]
+        return True
 
     def copy_from_host(
         self, host: HostPool, offsets: Sequence[int], own_pages: Sequence[int]

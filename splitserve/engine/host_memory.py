@@ -7,7 +7,7 @@ should have to wait for, and what is used first is registered first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -27,10 +27,15 @@ class HostMemory:
     May be used from several threads. It is given up by `close`, or by the last copy under way then.
     """
 
-    def __init__(self, memory: memoryview, device: torch.device) -> None:
+    def __init__(
+        self, memory: memoryview, device: torch.device, warm_up: Callable[[], None]
+    ) -> None:
+        """`warm_up` is called by `prepare`, ahead of what it does."""
         self._bytes = np.frombuffer(memory, np.uint8)
         self._device = device
+        self._warm_up = warm_up
         self._lock = threading.Lock()
+        self._registering = threading.Lock()
         self._registered: set[int] = set()
         self._users = 0
         self._closed = False
@@ -42,7 +47,8 @@ class HostMemory:
         Yields (n, size) uint8 as the device sees it, whose rows are `OFFSET_BYTES` apart, not
         `size`: the one of a block is `offset // OFFSET_BYTES`.
 
-        Raises `OSError` if it was closed, has no such bytes, or cannot be registered.
+        Raises `OSError` if it was closed or has no such bytes, `PermissionError` if it cannot be
+        registered.
         """
         with self._lock:
             if self._closed:
@@ -50,6 +56,8 @@ class HostMemory:
             self._users += 1
         try:
             self._check(offsets, first + size)
+            # What is given to a kernel is where rows begin, and that must be known to the driver.
+            self._register(first, first + 1)
             for offset in offsets:
                 self._register(offset + first, offset + first + size)
             yield self._rows(first, size)
@@ -60,6 +68,7 @@ class HostMemory:
 
     def prepare(self) -> None:
         """See `HostPool.prepare`."""
+        self._warm_up()
         for first in range(0, len(self._bytes), _PIECE_BYTES):
             with self.places([first], 0, 1):
                 pass
@@ -91,7 +100,7 @@ class HostMemory:
     def _register(self, first: int, end: int) -> None:
         for piece in range(first // _PIECE_BYTES, -(-end // _PIECE_BYTES)):
             if piece not in self._registered:
-                with self._lock:
+                with self._registering:
                     if piece not in self._registered:
                         part = self._bytes[piece * _PIECE_BYTES :][:_PIECE_BYTES]
                         register(part.ctypes.data, part.nbytes, self._device)
@@ -106,7 +115,7 @@ class HostMemory:
 
 
 def register(address: int, size_bytes: int, device: torch.device) -> None:
-    """Has the driver map host memory for the device. Raises `OSError` if it will not."""
+    """Has the driver map host memory for the device. Raises `PermissionError` if it will not."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     with torch.cuda.device(device):
         refused = int(runtime.cudaHostRegister(address, size_bytes, 0))
@@ -114,7 +123,7 @@ def register(address: int, size_bytes: int, device: torch.device) -> None:
             # torch would take the refusal for a failure of this thread's next launch.
             with suppress(RuntimeError):
                 torch.zeros(1, device=device)
-            raise OSError(
+            raise PermissionError(
                 f"{size_bytes >> 20} MiB of host memory cannot be pinned: CUDA error {refused}"
             )
 

@@ -138,6 +138,11 @@ class Scheduler:
                 budget -= size
         return chunks
 
+    @property
+    def may_be_joined(self) -> bool:
+        """Whether somebody awaits KV or a first token and would have a place in the batch."""
+        return bool(self.loading) and len(self.running) < self._max_batch
+
     def launched(self, chunk: Chunk) -> None:
         """Book a chunk that is being computed: the next plan goes on from there."""
         sequence = chunk.sequence

@@ -16,6 +16,8 @@ _NEW_DEVIATION = 0.25
 _DEVIATIONS = 2.0
 _SEQUENCES_ALIKE = 8
 _TOKENS_ALIKE = 32
+_SHARE_FOR_SURE = 0.9
+"""Steps full of prompts take at least this part of what the rate of others like them says."""
 
 
 class Estimate:
@@ -69,6 +71,10 @@ class StepTiming:
         self.took(_prompt_tokens(flight), len(flight.chunks), took_s)
         self._landed_s = now
 
+    def failed(self) -> None:
+        """A step has ended that tells nothing."""
+        self._landed_s = self._now()
+
     def took(self, prompt_tokens: int, sequences: int, seconds: float) -> None:
         """Learn how long the device takes for a step of this size."""
         size = _size(prompt_tokens, sequences)
@@ -83,11 +89,14 @@ class StepTiming:
 
     def launch_at(self, flight: Flight) -> float:
         """When to begin with the step behind this one, so that the device hardly ever waits for it:
-        who is there by then shares it. At once, if steps of this size are not known yet.
+        who is there by then shares it. A step of a size that is not known well is taken for as long
+        as its prompts take by themselves, if that is known, else for none.
         """
-        step = self._steps.get(_size(_prompt_tokens(flight), len(flight.chunks)))
-        began_s = max(flight.began_s, self._landed_s)
-        return began_s + (step.low if step else 0.0) - self._launch.high
+        prompt_tokens, rate = _prompt_tokens(flight), self.prefill_tokens_per_s
+        step = self._steps.get(_size(prompt_tokens, len(flight.chunks)))
+        by_rate_s = _SHARE_FOR_SURE * prompt_tokens / rate if rate else 0.0
+        lasts_s = max(by_rate_s, step.low if step else 0.0)
+        return max(flight.began_s, self._landed_s) + lasts_s - self._launch.high
 
 
 def _size(prompt_tokens: int, sequences: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ The way of a block that is handed over:
 
 1. the router grants a lease and gives it to both workers;
 2. the prefill worker reserves the block, writes it while the lease is vouched for, and commits it
-   with its digest (`codec.block_digest`);
+   with its digest (`codec`);
 3. the decode worker awaits it, copies it out, and checks the digest of its own copy before it uses
    it, so that no later change can matter;
 4. the router releases the lease.
@@ -93,8 +93,7 @@ class KvStoreClient(BlockClient):
             await runs.connect()
             if pages is not None:
                 client._mover = PageMover(pages, copier, layout)
-                if client._mover.device is not None:
-                    client._mover.device.reaches(runs.present.transport)  # begins to prepare that
+                client._mover.prepare(runs.present.transport)
                 if pages.shared is not None and transport in ("auto", "device"):
                     await client._use_pools(pages.shared, worker_id, keeps_blocks)
         except BaseException:
@@ -127,8 +126,7 @@ class KvStoreClient(BlockClient):
         """
         mover = self._pages_mover
         run = await self._runs.of(lease)
-        size = max(map(mover.size_of, parts), default=1)
-        slices = mover.slices(parts, size, run.transport)
+        slices = mover.parts_to_put(run.transport, parts)
         await all_ended(self._put_slice(run, mover, lease, some) for some in slices)
 
     async def _put_slice(
@@ -156,12 +154,17 @@ class KvStoreClient(BlockClient):
         if self._sharing is not None:
             self._sharing.close_share(share)
 
-    async def seal_pages(self, blocks: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
-        """The digests of whole (key, num_tokens, page) blocks. From here on the pages of those that
-        stay in the pool must stay as they are until the listener is told that the blocks are gone,
-        or they are given up.
+    async def seal_pages(
+        self, blocks: Sequence[tuple[bytes, int, int]], *, staying: bool
+    ) -> list[bytes]:
+        """The digests of whole (key, num_tokens, page) blocks. From here on the pages of those
+        `staying` in the pool must be as they are until the listener is told that the blocks are
+        gone, or they are given up; this is all of their transfer that is this side's.
         """
-        return await self._device.seal(blocks)
+        if not staying:
+            return await self._device.seal(blocks)
+        with self._measured("device", "write", len(blocks) * self.layout.block_bytes):
+            return await self._device.seal(blocks)
 
     async def share_pages(
         self, lease: Lease, share: PoolShare, blocks: Sequence[tuple[bytes, int, bytes]]
@@ -179,8 +182,7 @@ class KvStoreClient(BlockClient):
                 digests=b"".join(digests),
             ),
         )
-        size = len(blocks) * self.layout.block_bytes
-        with self._measured("device", "write", size), typed_errors():
+        with typed_errors():
             await self._control.stub.CommitBlocks(request, timeout=self._timeout_s)
 
     async def report_layers(
@@ -255,9 +257,11 @@ class KvStoreClient(BlockClient):
             indexes.setdefault(block.pool_page.pool_id if block.pool_page else 0, []).append(index)
         slices: list[tuple[int, Sequence[int]]] = []
         for pool_id, of_pool in indexes.items():
-            size = self.layout.block_bytes
-            parts = [of_pool] if pool_id else mover.slices(of_pool, size, run.transport)
-            slices += [(pool_id, part) for part in parts]
+            if pool_id:
+                slices.append((pool_id, of_pool))
+                continue
+            for part in mover.blocks_to_take(run.transport, [blocks[i] for i in of_pool]):
+                slices.append((0, [of_pool[at] for at in part]))
         taken = await all_ended(
             self._take_slice(
                 run,

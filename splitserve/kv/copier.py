@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+_log = logging.getLogger(__name__)
 
 
 class Copier:
@@ -19,7 +23,8 @@ class Copier:
         """`threads` 0: two, or on a large machine half of its cores up to eight."""
         self.threads = threads or max(2, min(8, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="kv-copy")
-        self._last: list[Future[object]] = []
+        # What may take seconds, and nobody waits for.
+        self._aside = ThreadPoolExecutor(2, thread_name_prefix="kv-aside")
 
     async def run(self, work: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """The result of `work`. A cancelled caller gets control back only once the thread no
@@ -35,13 +40,12 @@ class Copier:
             raise
 
     def later(self, work: Callable[[], object]) -> None:
-        """Have a thread do it some time, before `close` returns."""
-        self._last.append(self._pool.submit(work))
-        self._last = [job for job in self._last if not job.done()]
+        """Have another thread do it, before `close` returns. What fails is logged."""
+        self._aside.submit(work).add_done_callback(_log_fault)
 
     def close(self) -> None:
         """Lets running copies end."""
-        wait(self._last)
+        self._aside.shutdown(wait=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -54,3 +58,8 @@ async def _outlast(done: asyncio.Future[_R]) -> None:
             continue
     if not done.cancelled():
         done.exception()  # looked at, so that it is not reported as never retrieved
+
+
+def _log_fault(job: Future[object]) -> None:
+    if fault := job.exception():
+        _log.error("work beside the copies failed", exc_info=fault)

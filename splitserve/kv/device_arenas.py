@@ -39,9 +39,13 @@ class DeviceArenas:
         return host
 
     def failed(self, transport: Transport, error: OSError) -> None:
-        """A copy failed: the others of this transport go another way."""
+        """A copy failed and goes another way; all of this transport do if the device may not reach
+        the arena.
+        """
         if isinstance(transport, ShmTransport) and transport in self._open:
             _log.warning("KV blocks take a detour through the worker's memory: %s", error)
+            if not isinstance(error, PermissionError):
+                return
             self._beyond_reach = transport
             self._close(transport)
 
@@ -59,5 +63,7 @@ class DeviceArenas:
 def _prepare(host: HostPool) -> None:
     try:
         host.prepare()
+    except PermissionError as error:
+        _log.warning("KV blocks will take a detour through the worker's memory: %s", error)
     except OSError as error:
         _log.info("the arena is not prepared ahead: %s", error)

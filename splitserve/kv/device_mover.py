@@ -6,11 +6,10 @@ whatever becomes of the memory that they came from.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import groupby
 
-from splitserve.kv.codec import is_of_page, sealed_digest
+from splitserve.kv.codec import sealed_digest
 from splitserve.kv.copier import Copier
 from splitserve.kv.device_arenas import DeviceArenas
 from splitserve.kv.layout import KvLayout, PartialBlock, PoolPage, ReadableBlock
@@ -30,6 +29,11 @@ class DeviceMover:
         self._copier = copier
         self._layout = layout
         self._arenas = DeviceArenas(pages, copier)
+
+    def prepare(self, transport: Transport) -> None:
+        """Begins to compile, and to map the arena if it has one."""
+        if not self.reaches(transport):
+            self._copier.later(self.pages.prepare_pages)
 
     def close(self) -> None:
         """Gives up arenas, in the calling thread: it may take a while."""
@@ -60,9 +64,11 @@ class DeviceMover:
         blocks: Sequence[ReadableBlock],
         targets: Sequence[Sequence[int]],
     ) -> list[bool] | None:
-        """See `PageMover.take`; None if they must go another way."""
+        """See `PageMover.take`, of blocks that have digests of pages; None: they must go another
+        way.
+        """
         arena = self._arenas.of(transport)
-        if arena is None or not all(is_of_page(block.digest) for block in blocks):
+        if arena is None:
             return None
         try:
             return await self._copier.run(self._take, arena, blocks, targets)
@@ -94,7 +100,8 @@ class DeviceMover:
         """
         places = [block.pool_page for block in blocks]
         runs = _runs(places, targets, first_layers, [block.num_layers for block in blocks])
-        await self._copier.run(self.pages.copy_from_peer, peer, runs)
+        if runs:
+            await self._copier.run(self.pages.copy_from_peer, peer, runs)
 
     async def seal(self, blocks: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
         """The digests of (key, num_tokens, page) blocks by what is in their pages."""
@@ -126,12 +133,10 @@ class DeviceMover:
         written = 0
         for (first, end), together in groupby(parts, lambda part: part.layers):
             members = list(together)
-            # Looked at here, for the thread may have let it wait.
-            if time.monotonic() >= begin_by_s:
-                break
             offsets = [part.reservation.arena_offset for part in members]
             pages = [part.page for part in members]
-            self.pages.copy_to_host(arena, pages, first, end, offsets)
+            if not self.pages.copy_to_host(arena, pages, first, end, offsets, begin_by_s):
+                break
             written += len(members)
         return written
 

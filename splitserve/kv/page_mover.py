@@ -6,7 +6,8 @@ that no other process can write to.
 1. A writer copies pages to a buffer, the buffer to the arena, and digests the buffer: what is
    committed is the digest of what the pages hold, whatever else is written to the arena.
 2. A reader copies the arena to a buffer, digests the buffer, and copies what is whole from there to
-   its pages: what it uses is what it verified, whatever becomes of the arena.
+   its pages. Digests of pages a device takes of the pages, after the copy. Either way what is used
+   is what was verified, whatever becomes of the arena.
 
 A device that reaches the arena by itself needs no buffers: see `device_mover`.
 """
@@ -55,22 +56,43 @@ class PageMover:
             DeviceMover(shared, pages.layer_bytes, copier, layout) if shared is not None else None
         )
 
+    def prepare(self, transport: Transport) -> None:
+        """Begins with what the first copies would have to wait for."""
+        if self.device is not None:
+            self.device.prepare(transport)
+
     def close(self) -> None:
         """Gives up the buffers, in the calling thread: with a device it may take a while."""
         self._staging.close()
         if self.device is not None:
             self.device.close()
 
-    def slices(
-        self, items: Sequence[_T], item_bytes: int, transport: Transport | None = None
-    ) -> list[Sequence[_T]]:
-        """The items cut up for the threads, in order. All together where a device copies them."""
-        if self.device is not None and transport is not None and self.device.reaches(transport):
-            return [items]
+    def slices(self, items: Sequence[_T], item_bytes: int) -> list[Sequence[_T]]:
+        """The items cut up for the threads, in order."""
         worthwhile = -(-len(items) * item_bytes // _SLICE_BYTES)
         count = max(1, min(self._copier.threads, worthwhile, len(items)))
         bounds = [at * len(items) // count for at in range(count + 1)]
         return [items[first:end] for first, end in pairwise(bounds)]
+
+    def parts_to_put(
+        self, transport: Transport, parts: Sequence[PagePart]
+    ) -> list[Sequence[PagePart]]:
+        """Parts cut up as they are to be put: what a device takes stays together."""
+        if self.device is not None and self.device.reaches(transport):
+            return [parts]
+        return self.slices(parts, max(map(self.size_of, parts), default=1))
+
+    def blocks_to_take(
+        self, transport: Transport, blocks: Sequence[ReadableBlock]
+    ) -> list[Sequence[int]]:
+        """Blocks in the arena, by index, cut up as they are to be taken: what a device takes stays
+        together.
+        """
+        reaches = self.device is not None and self.device.reaches(transport)
+        by_device = [i for i, b in enumerate(blocks) if reaches and is_of_page(b.digest)]
+        others = [i for i, b in enumerate(blocks) if not (reaches and is_of_page(b.digest))]
+        slices = self.slices(others, self._layout.block_bytes) if others else []
+        return [by_device, *slices] if by_device else slices
 
     def size_of(self, part: PagePart) -> int:
         """Bytes of a part."""
@@ -115,10 +137,10 @@ class PageMover:
         """Copies each block to its own pages. Which of them are whole; the pages of the others have
         any content.
         """
-        if self.device is not None:
-            whole = await self.device.take(transport, blocks, targets)
-            if whole is not None:
-                return whole
+        if self.device is not None and all(is_of_page(block.digest) for block in blocks):
+            taken = await self.device.take(transport, blocks, targets)
+            if taken is not None:
+                return taken
         if isinstance(transport, ShmTransport):
             spans = [transport.span(block.arena_offset, block.size_bytes) for block in blocks]
             return await self._copier.run(self._insert_from_arena, blocks, spans, targets)
@@ -189,16 +211,11 @@ class PageMover:
         targets: Sequence[Sequence[int]],
     ) -> list[bool]:
         """The views are of this process alone."""
-        if self.device is not None and all(is_of_page(block.digest) for block in blocks):
-            together = [
-                (page, view) for view, own in zip(views, targets, strict=True) for page in own
-            ]
-            self.pages.insert_pages([page for page, _ in together], [view for _, view in together])
-            return self.device.whole(blocks, targets)
         fingerprint = self._layout.fingerprint
+        sealed = [self.device is not None and is_of_page(block.digest) for block in blocks]
         whole = [
-            is_digest_of(block.digest, block.key, block.num_tokens, fingerprint, view)
-            for block, view in zip(blocks, views, strict=True)
+            is_sealed or is_digest_of(block.digest, block.key, block.num_tokens, fingerprint, view)
+            for block, view, is_sealed in zip(blocks, views, sealed, strict=True)
         ]
         together = [
             (page, view)
@@ -207,6 +224,12 @@ class PageMover:
             for page in pages
         ]
         self.pages.insert_pages([page for page, _ in together], [view for _, view in together])
+        if self.device is not None and any(sealed):
+            # A device digests them where they are now.
+            places = [at for at, is_sealed in enumerate(sealed) if is_sealed]
+            digested = self.device.whole([blocks[i] for i in places], [targets[i] for i in places])
+            for at, is_whole in zip(places, digested, strict=True):
+                whole[at] = is_whole
         return whole
 
 

@@ -50,8 +50,8 @@ class HostPool(PeerPool, Protocol):
     """Memory of the host that a device reaches."""
 
     def prepare(self) -> None:
-        """Do ahead what the first copies would have to wait for. Raises `OSError` if it cannot be
-        reached, or was closed meanwhile.
+        """Do ahead what the first copies would have to wait for. Raises `PermissionError` if the
+        device may not reach it, `OSError` if it was closed meanwhile.
         """
 
 
@@ -72,6 +72,11 @@ class SharesPages(Protocol):
     def pool_domain(self) -> str:
         """Names host, namespace and kind of memory: an engine can map the pools of its own domain.
         At most 256 characters.
+        """
+
+    def prepare_pages(self) -> None:
+        """Do ahead what the first copies and digests would have to wait for. The second time is no
+        work.
         """
 
     def pages_handle(self) -> bytes:
@@ -100,19 +105,21 @@ class SharesPages(Protocol):
         first_layer: int,
         end_layer: int,
         offsets: Sequence[int],
-    ) -> None:
+        begin_by_s: float,
+    ) -> bool:
         """Copy layers [first_layer, end_layer) of each page to where they belong in the block that
-        begins at its own of `offsets`, a multiple of 4 KiB, and wait.
+        begins at its own of `offsets`, a multiple of 4 KiB, and wait. False: no copy has begun
+        by `begin_by_s` of the monotonic clock, and none will.
 
-        Raises `OSError` if it cannot be reached or the copy fails.
+        Raises `OSError` if the copy fails, `PermissionError` if the device may not reach the
+        memory.
         """
 
     def copy_from_host(
         self, host: HostPool, offsets: Sequence[int], own_pages: Sequence[int]
     ) -> list[bytes]:
-        """Copy each block to an own page, and wait. The digests of these pages then.
-
-        Raises `OSError` if it cannot be reached or the copy fails.
+        """Copy each block to an own page, and wait. The digests of these pages then. Raises what
+        `copy_to_host` does.
         """
 
     def digest_pages(self, pages: Sequence[int]) -> list[bytes]:

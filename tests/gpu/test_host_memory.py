@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 
@@ -30,10 +31,15 @@ def test_pages_go_to_the_arena_and_back() -> None:
     writer = DevicePages(source, LAYER_BYTES, torch.cuda.Stream())
     reader = DevicePages(target, LAYER_BYTES, torch.cuda.Stream())
     writes, reads = writer.open_host(memoryview(there)), reader.open_host(memoryview(here))
+    # Of the first piece none is used to begin with, nor was it registered ahead.
+    last = [arena_bytes - PAGE_BYTES]
+    assert writer.copy_to_host(writes, [2], 0, LAYERS, last, math.inf)
+    assert reader.copy_from_host(reads, last, [2]) == digest_pages_reference(content.numpy(), [2])
+    target[2] = 0
     # The second one lies in two pieces, and no block at a multiple of its size.
     offsets = [4096, host_memory._PIECE_BYTES - 3 * 4096, arena_bytes - PAGE_BYTES]
     for first, end in ((0, 3), (3, LAYERS)):
-        writer.copy_to_host(writes, [7, 39, 0], first, end, offsets)
+        assert writer.copy_to_host(writes, [7, 39, 0], first, end, offsets, math.inf)
     for offset, page in zip(offsets, [7, 39, 0], strict=True):
         assert here[offset : offset + PAGE_BYTES] == content[page].numpy().tobytes()
     digests = reader.copy_from_host(reads, [*offsets, offsets[0]], [5, 6, 20, 1])

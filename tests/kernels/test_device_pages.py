@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +13,7 @@ from splitserve_kernels.page_digest_rules import digest_pages_reference
 
 from splitserve.engine import device_pages, host_memory
 from splitserve.engine.device_pages import DevicePages, DevicePeer
-from splitserve.engine.host_memory import OFFSET_BYTES
+from splitserve.engine.host_memory import OFFSET_BYTES, HostMemory
 from splitserve.kv.pages import LayerRun, SharesPages
 
 PAGES, LAYERS, LAYER_BYTES = 6, 4, 64
@@ -21,9 +22,14 @@ PAGES, LAYERS, LAYER_BYTES = 6, 4, 64
 class HostPages(DevicePages):
     """Has no stream to wait for, and no driver to ask."""
 
+    settle: Callable[[], None] = staticmethod(lambda: None)
+
     @contextmanager
     def _queued(self) -> Iterator[None]:
         yield
+
+    def _settle(self) -> None:
+        self.settle()
 
 
 def make(seed: int) -> tuple[HostPages, torch.Tensor]:
@@ -75,7 +81,7 @@ def test_a_peer_that_lacks_the_page_or_is_closed_is_an_error_of_the_system() -> 
 def test_its_own_handle_is_its_own_pool() -> None:
     source, pool = make(1)
     before = pool.clone()
-    source._warm_up()
+    source.prepare_pages()
     assert torch.equal(pool, before), "kernels are compiled over other memory"
     handle = source._name + pool.shape[1].to_bytes(8, "little") + bytes(80)
     peer = source.open_peer(handle)
@@ -129,7 +135,7 @@ class Driver:
 
     def register(self, address: int, size_bytes: int, _: torch.device) -> None:
         if self.refuses:
-            raise OSError("cannot be pinned")
+            raise PermissionError("cannot be pinned")
         assert address not in self.registered
         self.registered[address] = size_bytes
 
@@ -149,8 +155,8 @@ def test_pages_go_to_the_arena_by_layers_and_back_from_there(driver: Driver) -> 
     expected = bytearray(arena)
     writes = source.open_host(arena)
     offsets = [OFFSET_BYTES, 4 * OFFSET_BYTES]
-    source.copy_to_host(writes, [4, 1], 0, 3, offsets)
-    source.copy_to_host(writes, [4, 1], 3, LAYERS, offsets)
+    assert source.copy_to_host(writes, [4, 1], 0, 3, offsets, math.inf)
+    assert source.copy_to_host(writes, [4, 1], 3, LAYERS, offsets, math.inf)
     for page, offset in zip([4, 1], offsets, strict=True):
         expected[offset : offset + LAYERS * LAYER_BYTES] = theirs[page].numpy().tobytes()
     assert bytes(arena) == bytes(expected)
@@ -174,7 +180,7 @@ def test_places_that_an_arena_does_not_have(driver: Driver, offset: int) -> None
     with pytest.raises(OSError, match=r"begins|ends"):
         pages.copy_from_host(host, [0, offset], [1, 2])
     with pytest.raises(OSError, match=r"begins|ends"):
-        pages.copy_to_host(host, [1], 0, 1, [offset])
+        pages.copy_to_host(host, [1], 0, 1, [offset], math.inf)
     assert driver.registered == {}
 
 
@@ -182,7 +188,7 @@ def test_an_arena_that_was_given_up_or_cannot_be_pinned(driver: Driver) -> None:
     pages, _ = make(1)
     host = pages.open_host(make_arena())
     driver.refuses = True
-    with pytest.raises(OSError, match="pinned"):
+    with pytest.raises(PermissionError, match="pinned"):
         pages.copy_from_host(host, [0], [1])
     host.close()
     with pytest.raises(OSError, match="given up"):
@@ -191,10 +197,32 @@ def test_an_arena_that_was_given_up_or_cannot_be_pinned(driver: Driver) -> None:
         pages.copy_from_host(DevicePeer(torch.zeros(1), None), [0], [1])
 
 
+def test_no_copy_to_the_arena_begins_too_late(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is queued ahead of it takes long."""
+    pages, _ = make(1)
+    arena = make_arena()
+    before, now = bytes(arena), [1.0]
+    monkeypatch.setattr(device_pages.time, "monotonic", lambda: now[0])
+
+    def settle() -> None:
+        now[0] += 1.0
+
+    pages.settle = settle
+    host = pages.open_host(arena)
+    assert not pages.copy_to_host(host, [1], 0, LAYERS, [0], 2.0)
+    assert bytes(arena) == before
+    assert pages.copy_to_host(host, [1], 0, LAYERS, [0], 3.5)
+    assert bytes(arena) != before
+
+
 def test_an_arena_is_prepared_ahead(driver: Driver) -> None:
     pages, _ = make(1)
-    host = pages.open_host(make_arena())
+    compiled: list[bool] = []
+    host = HostMemory(make_arena(), torch.device("cpu"), lambda: compiled.append(True))
     host.prepare()
+    assert compiled
     before = dict(driver.registered)
     assert sorted(before.values()) == [OFFSET_BYTES, 2 * OFFSET_BYTES, 2 * OFFSET_BYTES]
     pages.copy_from_host(host, [3 * OFFSET_BYTES], [1])

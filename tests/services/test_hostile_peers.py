@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from splitserve.engine.fake import expected_tokens
+from splitserve.kv.codec import DIGEST_BYTES
 from splitserve.kv.control import StoreControl
 from splitserve.v1 import (
     common_pb2,
@@ -278,7 +279,7 @@ async def test_calls_of_the_store_that_cannot_be(suite: Suite) -> None:
     spec, part = kv.BlockSpec, kv.WriteBlocksRequest
     good = spec(key=key(0), size_bytes=4096, num_tokens=16)
     huge = spec(key=key(1), size_bytes=2**63, num_tokens=16)
-    commit = kv.BlockCommit(key=key(9), digest=b"d" * 16)
+    commit = kv.BlockCommit(key=key(9), digest=b"d" * DIGEST_BYTES)
     fits_not = [spec(key=key(i), size_bytes=1 << 20, num_tokens=16) for i in range(2, 40)]
     out_of_range, not_found = grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.NOT_FOUND
     rows: list[tuple[str, Any, grpc.StatusCode]] = [
@@ -305,10 +306,10 @@ async def test_calls_of_the_store_that_cannot_be(suite: Suite) -> None:
         *(
             ("CommitBlocks", kv.CommitBlocksRequest(lease=lease, in_pool=in_pool), INVALID)
             for in_pool in (
-                kv.PoolCommit(pool_id=7, keys=key(0), pages=[1], digests=b"d" * 16),
-                kv.PoolCommit(keys=key(0)[:31], pages=[1], digests=b"d" * 16),
-                kv.PoolCommit(keys=key(0), pages=[1, 2], digests=b"d" * 16),
-                kv.PoolCommit(keys=key(0), pages=[1], digests=b"d" * 17),
+                kv.PoolCommit(pool_id=7, keys=key(0), pages=[1], digests=b"d" * DIGEST_BYTES),
+                kv.PoolCommit(keys=key(0)[:31], pages=[1], digests=b"d" * DIGEST_BYTES),
+                kv.PoolCommit(keys=key(0), pages=[1, 2], digests=b"d" * DIGEST_BYTES),
+                kv.PoolCommit(keys=key(0), pages=[1], digests=b"d" * (DIGEST_BYTES - 1)),
                 kv.PoolCommit(pages=[1] * 70_000),
             )
         ),

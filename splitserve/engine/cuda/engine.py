@@ -186,6 +186,10 @@ class CudaEngine:
         """See `SharesPages.pool_domain`."""
         return self._pages.pool_domain
 
+    def prepare_pages(self) -> None:
+        """See `SharesPages.prepare_pages`."""
+        self._pages.prepare_pages()
+
     def pages_handle(self) -> bytes:
         """See `SharesPages.pages_handle`."""
         return self._pages.pages_handle()
@@ -211,9 +215,11 @@ class CudaEngine:
         first_layer: int,
         end_layer: int,
         offsets: Sequence[int],
-    ) -> None:
+        begin_by_s: float,
+    ) -> bool:
         """See `SharesPages.copy_to_host`."""
-        self._pages.copy_to_host(host, pages, first_layer, end_layer, offsets)
+        layers = first_layer, end_layer
+        return self._pages.copy_to_host(host, pages, *layers, offsets, begin_by_s)
 
     def copy_from_host(
         self, host: HostPool, offsets: Sequence[int], own_pages: Sequence[int]

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,16 +18,12 @@ from splitserve.kv.client import KvStoreClient
 from splitserve.kv.codec import block_digest
 from splitserve.kv.layout import BlockSpec, KvLayout
 
+from ...suite import free_port
+
 ROOT = Path(__file__).parents[3]
 BLOCK_BYTES = 300_000
 LAYOUT = KvLayout(b"m" * 32, 16, BLOCK_BYTES)
 ARENA_BYTES = 8 << 20
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class StoreProcess:

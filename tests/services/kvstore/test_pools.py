@@ -57,7 +57,7 @@ class Worker:
 
     async def share_pages(self, lease, share, places):
         """Seals and commits (key, num_tokens, page) blocks."""
-        digests = await self.client.seal_pages(places)
+        digests = await self.client.seal_pages(places, staying=True)
         sealed = [(key, page, d) for (key, _, page), d in zip(places, digests, strict=True)]
         await self.client.share_pages(lease, share, sealed)
 
@@ -68,7 +68,7 @@ class Worker:
         assert not answer.in_pool
         spec = self.engine.spec
         await self.client.put_pages(lease, [PagePart(key, answer, page, 0, spec.num_layers, None)])
-        (digest,) = await self.client.seal_pages([(key, 16, page)])
+        (digest,) = await self.client.seal_pages([(key, 16, page)], staying=False)
         await self.client.commit(lease, [(key, digest)])
 
 

@@ -444,3 +444,42 @@ def test_who_gets_its_kv_while_a_step_is_computed_joins_the_one_behind_it() -> N
     run(core)
     assert tokens_of(heard, "a") == expected_tokens([3, 5], 9)
     assert tokens_of(heard, "d") == expected_tokens([4, 6], 9)[1:]
+
+
+def known_to_be_slow(core: EngineCore) -> None:
+    for _ in range(40):
+        core._timing.took(0, 1, 3600.0)
+
+
+def test_a_step_is_not_launched_late_for_those_who_find_no_place() -> None:
+    engine = LateEngine(num_pages=40)
+    core = make_core(engine, [], max_batch=1)
+    params = SamplingParams(temperature=0, max_tokens=9)
+    core.submit(Sequence("a", [3, 5], params, seed=0))
+    core.step()
+    core.submit(Sequence("d", [4, 6], params, seed=0, await_first_token=True))
+    known_to_be_slow(core)
+    engine.is_done = lambda: pytest.fail("nobody waits for the step in flight")
+    core.step()
+    assert engine.launches == 2
+
+
+def test_a_core_that_is_stopped_launches_at_once() -> None:
+    engine = LateEngine(num_pages=40)
+    core = make_core(engine, [])
+    params = SamplingParams(temperature=0, max_tokens=9)
+    core.submit(Sequence("a", [3, 5], params, seed=0))
+    core.submit(Sequence("d", [4, 6], params, seed=0, await_first_token=True))
+    core.step()
+    known_to_be_slow(core)
+    looks = []
+
+    def is_done() -> bool:
+        looks.append(len(looks))
+        core._stopping = len(looks) == 3
+        return False
+
+    engine.is_done = is_done
+    core.step()
+    assert len(looks) == 3
+    assert engine.launches == 2

@@ -41,6 +41,22 @@ def test_a_size_that_is_not_known_is_not_waited_for() -> None:
     assert timing.launch_at(flight(99.0, *[1] * 7, 64)) <= 99.0, "was seen once"
 
 
+def test_prompts_of_a_size_that_is_not_known_take_as_long_as_others() -> None:
+    clock = Clock()
+    timing = StepTiming(512, clock)
+    timing.landed(flight(99.0, 512))
+    assert timing.prefill_tokens_per_s == pytest.approx(512)
+    assert timing.launch_at(flight(100.0, 300)) == pytest.approx(100.0 + 0.9 * 300 / 512)
+
+
+def test_a_step_that_failed_has_ended_all_the_same() -> None:
+    clock = Clock()
+    timing = known(1, 0.01, clock)
+    clock.now = 101.0
+    timing.failed()
+    assert timing.launch_at(flight(99.0, 1)) == pytest.approx(101.01)
+
+
 def test_a_step_begins_when_the_one_before_has_ended() -> None:
     clock = Clock()
     timing = known(1, 0.01, clock)

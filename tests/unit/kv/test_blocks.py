@@ -16,7 +16,7 @@ from splitserve.kv.layout import WRITE_GRACE_S, BlockSpec
 
 WRITE, PRESENT, BEING_WRITTEN = ReserveOutcome
 FULL_TOKENS = 16
-DIGEST = b"d" * 16
+DIGEST = b"d" * 17
 
 
 def key(name):

@@ -15,7 +15,7 @@ from splitserve.errors import InvalidRequest, LeaseEnded, Overloaded
 from splitserve.kv.layout import WRITE_GRACE_S, BlockSpec
 
 WRITE, PRESENT, BEING_WRITTEN = ReserveOutcome
-DIGEST = b"d" * 16
+DIGEST = b"d" * 17
 LEASES, NAMES, POOLS = st.sampled_from("abc"), st.integers(0, 5), st.integers(1, 2)
 
 

@@ -59,3 +59,22 @@ async def test_cancellation_drops_a_copy_that_has_not_begun(copier):
     may_end.set()
     await first
     assert touched == []
+
+
+async def test_what_may_come_later_is_beside_the_copies_and_ends_before_the_copier(copier, caplog):
+    may_end, done = threading.Event(), []
+
+    def slow():
+        assert may_end.wait(5)
+        done.append("slow")
+
+    def fails():
+        raise RuntimeError("unforeseen")
+
+    copier.later(slow)
+    copier.later(fails)
+    assert await copier.run(divmod, 7, 2) == (3, 1), "its one thread is free"
+    may_end.set()
+    copier.close()
+    assert done == ["slow"]
+    assert "unforeseen" in caplog.text

@@ -22,7 +22,7 @@ LAYOUT = KvLayout(b"m" * 32, 16, 737_280)
         LAYOUT,
         Lease("id", 2**63 + 5, "127.0.0.1:50054"),
         BlockSpec(b"k" * 32, 2**40, 16),
-        ReadableBlock(b"k" * 32, 2**41, 2**40, b"d" * 16, 7),
+        ReadableBlock(b"k" * 32, 2**41, 2**40, b"d" * 17, 7),
     ],
 )
 def test_there_and_back(value):

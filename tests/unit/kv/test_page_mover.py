@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from splitserve_kernels.page_digest_rules import digest_pages_reference
 
 from splitserve.errors import Unavailable
-from splitserve.kv import device_mover, page_mover
+from splitserve.kv import page_mover
 from splitserve.kv.codec import BlockHasher, block_digest
 from splitserve.kv.copier import Copier
 from splitserve.kv.layout import KvLayout, Lease, ReadableBlock, Reservation, ReservationState
@@ -188,17 +188,24 @@ class StubDevice(StubPages):
         super().__init__()
         self.shared = self
         self.before_copy = lambda: None
+        self.now, self.prepared = 0.0, False
         self.opened, self.closed = [], []
 
     def open_host(self, memory):
         self.opened.append(memory)
         return StubArena(memory, self.closed)
 
-    def copy_to_host(self, host, pages, first_layer, end_layer, offsets):
+    def prepare_pages(self):
+        self.prepared = True
+
+    def copy_to_host(self, host, pages, first_layer, end_layer, offsets, begin_by_s):
         self.before_copy()
+        if self.now >= begin_by_s:
+            return False
         for page, offset in zip(pages, offsets, strict=True):
             host.memory[offset : offset + BLOCK_BYTES] = self.content[page]
         self.after_export()
+        return True
 
     def copy_from_host(self, host, offsets, own_pages):
         self.before_copy()
@@ -264,7 +271,7 @@ def device_rig():
 
 async def test_a_device_needs_no_buffers(device_rig):
     rig, parts = device_rig, [device_rig.part(page) for page in range(PARTS)]
-    assert rig.writer.slices(parts, BLOCK_BYTES, rig.transport) == [parts]
+    assert rig.writer.parts_to_put(rig.transport, parts) == [parts]
     assert await rig.put(*parts) == PARTS
     assert await rig.take(*parts) == [True] * PARTS
     assert rig.target.content == rig.source.content
@@ -278,9 +285,9 @@ async def test_a_stale_write_is_found_on_the_pages_that_a_device_has_copied(devi
     assert await rig.take(*parts) == [True, False]
 
 
-async def test_no_copy_of_a_device_begins_too_late(device_rig, monkeypatch):
+async def test_no_copy_of_a_device_begins_too_late(device_rig):
     part = device_rig.part(0)
-    monkeypatch.setattr(device_mover.time, "monotonic", lambda: 2.0)
+    device_rig.source.now = 2.0
     assert await device_rig.put(part, begin_by_s=2.0) == 0
     assert bytes(device_rig.transport.arena) == bytes(ARENA_BYTES)
     assert await device_rig.put(part, begin_by_s=2.1) == 1
@@ -291,8 +298,11 @@ async def test_what_a_device_cannot_reach_goes_through_buffers(device_rig, end):
     """By the same digests."""
     rig, parts = device_rig, [device_rig.part(0), device_rig.part(1)]
 
+    refused = []
+
     def refuse():
-        raise OSError("cannot be pinned")
+        refused.append(end)
+        raise PermissionError("cannot be pinned")
 
     stub = getattr(rig, end)
     stub.before_copy = refuse
@@ -300,7 +310,47 @@ async def test_what_a_device_cannot_reach_goes_through_buffers(device_rig, end):
         assert await rig.put(*parts) == 2
         assert await rig.take(*parts) == [True, True]
     assert rig.target.content == rig.source.content
-    assert len(stub.opened) == 1, "it is not tried again"
+    assert refused == [end], "it is not tried again"
+
+
+async def test_a_copy_that_fails_on_a_device_goes_through_buffers(device_rig):
+    """And the next one does not."""
+    rig, parts = device_rig, [device_rig.part(page) for page in range(3)]
+    failures = iter([None, OSError("the device is out of memory"), None])
+
+    def fail_once():
+        if fault := next(failures, None):
+            raise fault
+
+    rig.source.before_copy = fail_once
+    for part in parts:
+        assert await rig.put(part) == 1
+    assert rig.source.closed == []
+    assert await rig.take(*parts) == [True, True, True]
+
+
+async def test_blocks_of_either_kind_are_taken_as_each_can_be(device_rig):
+    rig, parts = device_rig, [device_rig.part(page) for page in range(PARTS)]
+    await rig.put(*parts)
+    digests = await rig.seal(*parts)
+    for at in (1, 4):
+        content = rig.source.content[at]
+        digests[at] = block_digest(parts[at].key, 16, LAYOUT.fingerprint, content)
+    blocks = [
+        ReadableBlock(part.key, part.reservation.arena_offset, BLOCK_BYTES, digest, 16)
+        for part, digest in zip(parts, digests, strict=True)
+    ]
+    assert rig.reader.blocks_to_take(rig.transport, blocks) == [[0, 2, 3, 5], [1, 4]]
+    rig.damage()  # of block 1
+    targets = [[page] for page in range(PARTS)]
+    whole = await rig.reader.take(rig.transport, LEASE, blocks, targets)
+    assert whole == [at != 1 for at in range(PARTS)]
+
+
+async def test_without_an_arena_a_device_compiles_ahead(device_rig):
+    device_rig.writer.prepare(None)
+    device_rig.copier._aside.shutdown(wait=True)
+    assert device_rig.source.prepared
 
 
 async def test_a_closed_transport_gives_up_what_the_device_has_of_its_arena(device_rig):
@@ -310,5 +360,5 @@ async def test_a_closed_transport_gives_up_what_the_device_has_of_its_arena(devi
     rig.transport.close()
     with pytest.raises(Unavailable):
         await rig.put(part)
-    await rig.copier.run(lambda: None)
+    rig.copier.close()
     assert len(rig.source.closed) == 1

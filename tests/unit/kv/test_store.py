@@ -20,7 +20,7 @@ from splitserve.kv.layout import MAX_PART_BYTES, BlockSpec, KvLayout, Lease
 SIZE = PAGE_BYTES
 LAYOUT = KvLayout(b"m" * 32, 16, SIZE)
 LIMITS = StoreLimits(max_leases=8, max_lease_ttl_ms=5000, max_awaiting_calls=3, max_awaited_keys=5)
-DIGEST = b"d" * 16
+DIGEST = b"d" * 17
 
 
 def key(name):

@@ -110,7 +110,11 @@ class StubStore:
         )
         self.reported += blocks
 
-    async def seal_pages(self, blocks: Sequence[tuple[bytes, int, int]]) -> list[bytes]:
+    async def seal_pages(
+        self, blocks: Sequence[tuple[bytes, int, int]], *, staying: bool
+    ) -> list[bytes]:
+        stays = {key for key, _, _ in blocks} - {key for key, _, _ in self.parts}
+        assert staying == bool(stays)
         await self.sealing_gate.wait()
         self._fail("seal")
         return [sealed(key, num_tokens, page) for key, num_tokens, page in blocks]
