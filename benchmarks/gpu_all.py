@@ -92,7 +92,12 @@ STEPS = (
         *("--batch", "1", "64", "--workload", "summarize"),
     ),
     Step("handoff_device", 150, (*HANDOFF, "--transport", "device", "--json", "{json}")),
-    Step("handoff_host", 150, (*HANDOFF, "--transport", "shm", "--json", "{json}")),
+    Step(
+        "handoff_host",
+        150,
+        (*HANDOFF, "--gpus", "0,1", "--transport", "shm", "--json", "{json}"),
+        gpus=2,
+    ),
     Step(
         "handoff_two",
         150,
@@ -117,11 +122,24 @@ STEPS = (
         ("benchmarks/kernels/all_reduce.py", "--ranks", "2", "--json", "{json}"),
         gpus=2,
     ),
-    rates("rates_split_34", "--modes", "split", "--rates", "34", "--chunk", "272"),
+    *(
+        rates(
+            f"rates_split_{rate}",
+            *("--modes", "split", "--rates", rate, "--chunk", "304"),
+            "--router-flag=--local-prefill-tokens=512",
+        )
+        for rate in ("34", "32")
+    ),
     rates(
         "rates_split_30",
         *("--modes", "split", "--rates", "30", "--chunk", "192"),
         *("--worker-flag=--max-batch=144", "--router-flag=--max-prefill-wait-ms=200"),
+    ),
+    rates(
+        "rates_split_30_short",
+        *("--modes", "split", "--rates", "30", "--chunk", "144", "--worker-flag=--max-batch=112"),
+        "--router-flag=--max-prefill-wait-ms=200",
+        "--router-flag=--local-prefill-tokens=512",
     ),
     rates("rates_monolith_34", "--modes", "monolith", "--rates", "34"),
     rates("rates_2048_128", "--workload", "fixed-2048-128", "--rates", "16", "--seconds", "12"),
