@@ -44,6 +44,10 @@ class Chunk(NamedTuple):
         return cls(sequence, start, start + size, start + size == sequence.num_tokens)
 
 
+_LOOK_PAST = 256
+"""Bounds how many that lack a place in the batch are passed over at each step."""
+
+
 def check_step(max_batch: int, max_step_tokens: int, block_tokens: int) -> None:
     """Raises `ConfigError` for sizes with which prompts could starve."""
     least = max_batch + block_tokens
@@ -87,7 +91,8 @@ class Scheduler:
     def admit(self) -> None:
         """Fill the batch: first with sequences whose KV has come, then with waiting ones, oldest
         first, while there are pages. One that must wait for its KV or first token takes pages but
-        no place in the batch, so that a queue elsewhere never idles this engine.
+        no place in the batch, so that a queue elsewhere never idles this engine, nor has to wait
+        behind those who lack nothing but a place.
 
         A call admits no more prompts than fill a step: the device need not wait until all are
         placed.
@@ -95,13 +100,18 @@ class Scheduler:
         while self.ready and len(self.running) < self._max_batch:
             self._run(self.ready.popleft())
         admitted = 0
-        while self.waiting and admitted < self._max_step_tokens:
-            first = self.waiting[0]
+        passed: list[Sequence] = []
+        while self.waiting and admitted < self._max_step_tokens and len(passed) < _LOOK_PAST:
             full = len(self.running) + len(self.ready) >= self._max_batch
-            if (full and not first.await_first_token) or not self._place(first):
-                return
-            self._start(self.waiting.popleft())
-            admitted += first.num_uncomputed if first.state is State.RUNNING else 0
+            first = self.waiting[0]
+            if full and not first.await_first_token:
+                passed.append(self.waiting.popleft())
+            elif self._place(first):
+                self._start(self.waiting.popleft())
+                admitted += first.num_uncomputed if first.state is State.RUNNING else 0
+            else:
+                break
+        self.waiting.extendleft(reversed(passed))
 
     @property
     def may_preempt(self) -> bool:

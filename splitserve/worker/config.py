@@ -153,7 +153,7 @@ class WorkerConfig(ServiceConfig):
             deterministic=self.deterministic,
             threads=self.threads,
             fake_step_ms=self.fake_step_ms,
-            fake_shares_pages=self.transport == "device",
+            fake_shares_pages=self.transport in ("device", "shm"),
         )
 
     @property

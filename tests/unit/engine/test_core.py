@@ -368,6 +368,29 @@ def test_awaiting_sequences_do_not_keep_others_out_of_the_batch(make_bench: Make
     assert pool_is_free(bench)
 
 
+def test_those_who_await_kv_do_not_wait_behind_a_full_batch(make_bench: MakeBench) -> None:
+    """They get their pages; prompts that lack a place keep their order."""
+    bench = make_bench(max_batch=1)
+    bench.submit("a", [1, 2], count=9)
+    bench.core.step()
+    source = Source()
+    bench.submit("b", [3, 5], count=4)
+    bench.submit("c", [4, 7], count=4)
+    bench.submit("d", PROMPT, source=source, await_first_token=True)
+    bench.submit("e", [8, 9], count=4)
+    bench.core.step()
+    assert source.blocks, "its KV is asked for"
+    bench.run()
+    ended = [output.sequence.id for output in bench.outputs if output.finish_reason]
+    assert ended == ["a", "b", "c", "e"]
+    first, *rest = expected_tokens(PROMPT, 8)
+    bench.core.first_token("d", first)
+    bench.core.loaded("d", 0)
+    bench.run()
+    assert bench.tokens["d"] == rest
+    assert pool_is_free(bench)
+
+
 def test_source_never_fills_a_page_that_is_shared(make_bench: MakeBench) -> None:
     """With prompt and output cached already, there is nothing to load."""
     bench, source = make_bench(), Source()
