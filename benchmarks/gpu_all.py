@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ FAMILY_PARTS = 4
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=")
 """Warnings are of the versions that the machine has: no errors here."""
 END_S = 10.0
+CHECKPOINT = str(Path(tempfile.gettempdir()) / "splitserve-llama-3.1-8b")
 HANDOFF = (
     *("benchmarks/handoff.py", "--device", "cuda", "--load-format", "dummy"),
     *("--model", LLAMA, "--rounds", "15"),
@@ -90,6 +92,11 @@ STEPS = (
         "gpt_j_fp8",
         *(200, "--model", GPT_J, "--dtype", "bfloat16", "--quantization", "fp8"),
         *("--batch", "1", "64", "--workload", "summarize"),
+    ),
+    Step(
+        "startup",
+        400,
+        ("benchmarks/startup.py", "--model", LLAMA, "--dir", CHECKPOINT, "--json", "{json}"),
     ),
     Step("handoff_device", 150, (*HANDOFF, "--transport", "device", "--json", "{json}")),
     Step(
