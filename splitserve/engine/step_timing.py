@@ -14,6 +14,7 @@ from splitserve.engine.prefill_rate import PrefillRate
 _NEW = 0.125
 _NEW_DEVIATION = 0.25
 _DEVIATIONS = 2.0
+_SURE_FROM = 8
 _SEQUENCES_ALIKE = 8
 _TOKENS_ALIKE = 32
 _SHARE_FOR_SURE = 0.9
@@ -27,14 +28,21 @@ class Estimate:
 
     def __init__(self, seconds: float) -> None:
         """Of what was measured once, so that `low` is 0."""
+        self._count = 1
         self._mean_s = seconds
         self._deviation_s = seconds / _DEVIATIONS
 
     def add(self, seconds: float) -> None:
         """Measured again."""
+        self._count += 1
         error_s = seconds - self._mean_s
         self._mean_s += _NEW * error_s
         self._deviation_s += _NEW_DEVIATION * (abs(error_s) - self._deviation_s)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it was measured often enough for the first guess to be forgotten."""
+        return self._count >= _SURE_FROM
 
     @property
     def low(self) -> float:
@@ -89,13 +97,16 @@ class StepTiming:
 
     def launch_at(self, flight: Flight) -> float:
         """When to begin with the step behind this one, so that the device hardly ever waits for it:
-        who is there by then shares it. A step of a size that is not known well is taken for as long
-        as its prompts take by themselves, if that is known, else for none.
+        who is there by then shares it. Of a size that is not known well yet, prompts alone are
+        taken to last as long as their rate says, others no time at all.
         """
-        prompt_tokens, rate = _prompt_tokens(flight), self.prefill_tokens_per_s
-        step = self._steps.get(_size(prompt_tokens, len(flight.chunks)))
-        by_rate_s = _SHARE_FOR_SURE * prompt_tokens / rate if rate else 0.0
-        lasts_s = max(by_rate_s, step.low if step else 0.0)
+        tokens = _prompt_tokens(flight)
+        step = self._steps.get(_size(tokens, len(flight.chunks)))
+        lasts_s = 0.0
+        if step is not None and step.is_sure:
+            lasts_s = step.low
+        elif self.prefill_tokens_per_s and all(chunk.size > 1 for chunk in flight.chunks):
+            lasts_s = _SHARE_FOR_SURE * tokens / self.prefill_tokens_per_s
         return max(flight.began_s, self._landed_s) + lasts_s - self._launch.high
 
 
