@@ -56,7 +56,9 @@ class BlockWriter(Protocol):
     async def seal_pages(
         self, blocks: Seq[tuple[bytes, int, int]], *, staying: bool
     ) -> list[bytes]:
-        """The digests of (key, num_tokens, page) blocks by what is in their pages."""
+        """The digests of (key, num_tokens, page) blocks by what is in their pages. Those that are
+        `staying` are read there.
+        """
         ...
 
     async def share_pages(

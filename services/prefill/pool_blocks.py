@@ -2,10 +2,9 @@
 
 Each is told of when its last group of layers is all that is missing, for readers that copy ahead,
 which nothing here waits for; digested once it is whole; named on the receipt; and committed where
-it is. From then on its page is kept
-until the store says that the block is gone: it was read, or its leases have ended. While nothing
-else is left to do the store is asked for the lease as well, so that no page is kept for one that
-has ended, or for a store that does not answer.
+it is. From then on its page is kept until the store says that the block is gone: it was read, or
+its leases have ended. While nothing else is left to do the store is asked for the lease as well, so
+that no page is kept for one that has ended, or for a store that does not answer.
 
 If someone who cannot map the pool waits for a block, it is `wanted` in the arena after all. When
 the pool's registration is lost, so are the blocks that were committed; nothing stays from there on.
