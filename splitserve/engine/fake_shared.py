@@ -144,7 +144,7 @@ class FakeHost:
         """See `HostPool.prepare`."""
 
     def close(self) -> None:
-        """See `PeerPool.close`."""
+        """See `HostPool.close`."""
         self.bytes = None
 
 

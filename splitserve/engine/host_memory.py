@@ -74,7 +74,7 @@ class HostMemory:
                 pass
 
     def close(self) -> None:
-        """See `PeerPool.close`. Doing it twice is no error."""
+        """See `HostPool.close`. Doing it twice is no error."""
         with self._lock:
             self._closed = True
             self._give_up_if_unused()

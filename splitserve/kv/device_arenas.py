@@ -32,7 +32,7 @@ class DeviceArenas:
             return None
         host = self._open.get(transport)
         if host is None:
-            transport.span(0, 0)
+            transport.span(0, 0)  # raises if it is closed
             host = self._open[transport] = self._shared.open_host(transport.arena)
             transport.when_closed(lambda: self._close(transport))
             self._copier.later(partial(_prepare, host))

@@ -6,8 +6,9 @@ whatever becomes of the memory that they came from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Concatenate, ParamSpec, TypeVar
 
 from splitserve.kv.codec import sealed_digest
 from splitserve.kv.copier import Copier
@@ -16,6 +17,9 @@ from splitserve.kv.layout import KvLayout, PartialBlock, PoolPage, ReadableBlock
 from splitserve.kv.page_part import PagePart
 from splitserve.kv.pages import HostPool, LayerRun, PeerPool, SharesPages
 from splitserve.kv.transports.base import Transport
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class DeviceMover:
@@ -49,14 +53,9 @@ class DeviceMover:
         """See `PageMover.put`; None if it must go another way, for a hasher to see it or because
         the device does not reach the arena.
         """
-        arena = self._arenas.of(transport)
-        if arena is None or any(part.hasher is not None for part in parts):
+        if any(part.hasher is not None for part in parts):
             return None
-        try:
-            return await self._copier.run(self._put, arena, parts, begin_by_s)
-        except OSError as error:
-            self._arenas.failed(transport, error)
-            return None
+        return await self._with_arena(transport, self._put, parts, begin_by_s)
 
     async def take(
         self,
@@ -67,14 +66,7 @@ class DeviceMover:
         """See `PageMover.take`, of blocks that have digests of pages; None: they must go another
         way.
         """
-        arena = self._arenas.of(transport)
-        if arena is None:
-            return None
-        try:
-            return await self._copier.run(self._take, arena, blocks, targets)
-        except OSError as error:
-            self._arenas.failed(transport, error)
-            return None
+        return await self._with_arena(transport, self._take, blocks, targets)
 
     async def take_from_peer(
         self,
@@ -111,6 +103,23 @@ class DeviceMover:
             self._sealed(key, num_tokens, digest)
             for (key, num_tokens, _), digest in zip(blocks, digests, strict=True)
         ]
+
+    async def _with_arena(
+        self,
+        transport: Transport,
+        work: Callable[Concatenate[HostPool, _P], _R],
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> _R | None:
+        """What `work` makes of the arena; None if the device does not reach it, or failed to."""
+        arena = self._arenas.of(transport)
+        if arena is None:
+            return None
+        try:
+            return await self._copier.run(work, arena, *args, **kwargs)
+        except OSError as error:
+            self._arenas.failed(transport, error)
+            return None
 
     # -- in a thread of the copier -------------------------------------------------------------
 

@@ -46,8 +46,11 @@ class PeerPool(Protocol):
         """Unmap it. No copy may be under way."""
 
 
-class HostPool(PeerPool, Protocol):
+class HostPool(Protocol):
     """Memory of the host that a device reaches."""
+
+    def close(self) -> None:
+        """Give it up. What is copied now is copied to its end."""
 
     def prepare(self) -> None:
         """Do ahead what the first copies would have to wait for. Raises `PermissionError` if the

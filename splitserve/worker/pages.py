@@ -11,7 +11,7 @@ from splitserve.kv.pages import SharesPages
 
 @runtime_checkable
 class MovesPages(Protocol):
-    """An engine that copies many pages at once; see `PageAccess`."""
+    """A pool of which many pages are copied at once; see `PageAccess`."""
 
     def export_pages(
         self, pages: Sequence[int], first_layer: int, end_layer: int, outs: Sequence[memoryview]
@@ -25,14 +25,26 @@ class MovesPages(Protocol):
         """Let the device copy to and from host memory by itself."""
 
 
+@runtime_checkable
+class HasDevicePages(Protocol):
+    """An engine whose pool is on a device that copies and digests pages: `MovesPages` and
+    `SharesPages`.
+    """
+
+    @property
+    def device_pages(self) -> object:
+        """The pool as hand-overs see it."""
+
+
 class EnginePages:
     """Implements `PageAccess`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._moves = engine if isinstance(engine, MovesPages) else None
+        pool = engine.device_pages if isinstance(engine, HasDevicePages) else engine
+        self._moves = pool if isinstance(pool, MovesPages) else None
         whole_words = engine.spec.block_bytes % 8 == 0
-        self.shared = engine if whole_words and isinstance(engine, SharesPages) else None
+        self.shared = pool if whole_words and isinstance(pool, SharesPages) else None
         self.layer_bytes = engine.spec.layer_bytes
 
     def export_pages(

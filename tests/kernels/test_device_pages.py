@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from splitserve_kernels.page_digest_rules import digest_pages_reference
@@ -15,6 +16,7 @@ from splitserve.engine import device_pages, host_memory
 from splitserve.engine.device_pages import DevicePages, DevicePeer
 from splitserve.engine.host_memory import OFFSET_BYTES, HostMemory
 from splitserve.kv.pages import LayerRun, SharesPages
+from splitserve.worker.pages import MovesPages
 
 PAGES, LAYERS, LAYER_BYTES = 6, 4, 64
 
@@ -51,6 +53,7 @@ def test_layers_of_many_pages_leave_and_whole_pages_enter() -> None:
 def test_pages_of_a_peer_are_copied_and_digested() -> None:
     (source, theirs), (target, own) = make(1), make(2)
     assert isinstance(target, SharesPages)
+    assert isinstance(target, MovesPages)
     whole = LayerRun([4, 1, 1], [0, 5, 2], 0, LAYERS)
     digests = target.copy_from_peer(DevicePeer(theirs, None), [whole], [0, 5, 2])
     assert torch.equal(own[[0, 5, 2]], theirs[[4, 1, 1]])
@@ -171,6 +174,16 @@ def test_pages_go_to_the_arena_by_layers_and_back_from_there(driver: Driver) -> 
     reads.close()
     reads.close()
     assert driver.registered == {}
+
+
+def test_where_rows_begin_is_registered_whichever_are_used(driver: Driver) -> None:
+    """The driver is asked for the address that a kernel is given."""
+    pages, _ = make(1)
+    arena = make_arena()
+    host = pages.open_host(arena)
+    pages.copy_from_host(host, [4 * OFFSET_BYTES], [1])
+    assert np.frombuffer(arena, np.uint8).ctypes.data in driver.registered
+    assert len(driver.registered) == 2
 
 
 @pytest.mark.parametrize("offset", [-OFFSET_BYTES, 8, 5 * OFFSET_BYTES])

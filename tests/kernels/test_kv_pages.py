@@ -64,14 +64,17 @@ def test_what_does_not_fit_is_refused(first: int, end: int, width: int, named: s
 @given(
     page_bytes=st.sampled_from([48, 4096, 6 * 1024 + 4, 777, 40000]),
     count=st.integers(0, 5),
+    programs=st.sampled_from([None, 1, 2, 7]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_pages_go_from_pool_to_pool(page_bytes: int, count: int, seed: int) -> None:
+def test_pages_go_from_pool_to_pool(
+    page_bytes: int, count: int, programs: int | None, seed: int
+) -> None:
     torch.manual_seed(seed)
     source, target = draw_bytes(7, page_bytes), draw_bytes(5, page_bytes)
     expected = target.clone()
     theirs, own = torch.randint(0, 7, (count,)), torch.randperm(5)[:count]
-    copy_pages(source, theirs, target, own)
+    copy_pages(source, theirs, target, own, programs=programs)
     copy_pages_reference(source, theirs, expected, own)
     assert torch.equal(target, expected)
 

@@ -35,7 +35,6 @@ from splitserve.engine.layer_groups import ends_group, reporting
 from splitserve.engine.page_memory import PageMemory
 from splitserve.engine.protocol import DrawnToken, EngineSpec, LayersDone, Slice
 from splitserve.engine.triton_attention import TritonAttention
-from splitserve.kv.pages import HostPool, LayerRun, PeerPool
 from splitserve.models.decoder import Decoder
 from splitserve.parallel.group import Group
 
@@ -164,72 +163,9 @@ class CudaEngine:
             self._memory.insert(page, content)
 
     @cached_property
-    def _pages(self) -> DevicePages:
+    def device_pages(self) -> DevicePages:
+        """See `HasDevicePages`."""
         return DevicePages(self._memory.storage, self.spec.layer_bytes, self._copies)
-
-    def export_pages(
-        self, pages: Sequence[int], first_layer: int, end_layer: int, outs: Sequence[memoryview]
-    ) -> None:
-        """See `PageAccess.export_pages`."""
-        self._pages.export_pages(pages, first_layer, end_layer, outs)
-
-    def insert_pages(self, pages: Sequence[int], contents: Sequence[memoryview]) -> None:
-        """See `PageAccess.insert_pages`."""
-        self._pages.insert_pages(pages, contents)
-
-    def pin(self, memory: memoryview) -> Callable[[], None]:
-        """See `PageAccess.pin`."""
-        return self._pages.pin(memory)
-
-    @property
-    def pool_domain(self) -> str:
-        """See `SharesPages.pool_domain`."""
-        return self._pages.pool_domain
-
-    def prepare_pages(self) -> None:
-        """See `SharesPages.prepare_pages`."""
-        self._pages.prepare_pages()
-
-    def pages_handle(self) -> bytes:
-        """See `SharesPages.pages_handle`."""
-        return self._pages.pages_handle()
-
-    def open_peer(self, handle: bytes) -> PeerPool:
-        """See `SharesPages.open_peer`."""
-        return self._pages.open_peer(handle)
-
-    def copy_from_peer(
-        self, peer: PeerPool, runs: Sequence[LayerRun], digested: Sequence[int] = ()
-    ) -> list[bytes]:
-        """See `SharesPages.copy_from_peer`."""
-        return self._pages.copy_from_peer(peer, runs, digested)
-
-    def open_host(self, memory: memoryview) -> HostPool:
-        """See `SharesPages.open_host`."""
-        return self._pages.open_host(memory)
-
-    def copy_to_host(
-        self,
-        host: HostPool,
-        pages: Sequence[int],
-        first_layer: int,
-        end_layer: int,
-        offsets: Sequence[int],
-        begin_by_s: float,
-    ) -> bool:
-        """See `SharesPages.copy_to_host`."""
-        layers = first_layer, end_layer
-        return self._pages.copy_to_host(host, pages, *layers, offsets, begin_by_s)
-
-    def copy_from_host(
-        self, host: HostPool, offsets: Sequence[int], own_pages: Sequence[int]
-    ) -> list[bytes]:
-        """See `SharesPages.copy_from_host`."""
-        return self._pages.copy_from_host(host, offsets, own_pages)
-
-    def digest_pages(self, pages: Sequence[int]) -> list[bytes]:
-        """See `SharesPages.digest_pages`."""
-        return self._pages.digest_pages(pages)
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -47,6 +47,26 @@ async def client_of(shared_store):
         yield make
 
 
+async def all_but_the_fifth_are_taken(awaited, reader, target, lease, keys, contents):
+    """Each to two pages; the fifth is given up."""
+    blocks, missing = await awaited(reader, lease, keys)
+    assert missing == []
+    blocks.sort(key=lambda block: keys.index(block.key))
+    targets = [[2 * at, 2 * at + 1] for at in range(COUNT)]
+    whole = await reader.take_pages(lease, blocks, targets)
+    assert whole == [True, True, True, True, False, True]
+    for at in (0, 1, 2, 3, 5):
+        for page in targets[at]:
+            assert page_of(target, page) == contents[at]
+    assert (await awaited(reader, lease, [keys[4]]))[1] == [keys[4]], "it was given up"
+
+
+def page_of(engine, page):
+    out = bytearray(SPEC.block_bytes)
+    engine.export_page(page, 0, SPEC.num_layers, memoryview(out))
+    return bytes(out)
+
+
 WAYS = [("shm", "shm"), ("shm", "grpc"), ("grpc", "shm")]
 
 
@@ -80,21 +100,9 @@ async def test_blocks_go_from_pages_to_pages(client_of, awaited, writes, reads):
     ]
     digests[4] = bytes(17)  # as if it had been damaged
     await writer.commit(lease, zip(keys, digests, strict=True))
-    blocks, missing = await awaited(reader, lease, keys)
-    assert missing == []
-    blocks.sort(key=lambda block: keys.index(block.key))
-    targets = [[2 * at, 2 * at + 1] for at in range(COUNT)]
-    whole = await reader.take_pages(lease, blocks, targets)
-    assert whole == [True, True, True, True, False, True]
-    out = bytearray(SPEC.block_bytes)
-    for at in (0, 1, 2, 3, 5):
-        for page in targets[at]:
-            target.export_page(page, 0, SPEC.num_layers, memoryview(out))
-            assert bytes(out) == contents[at]
-    for page in targets[4]:
-        target.export_page(page, 0, SPEC.num_layers, memoryview(out))
-        assert bytes(out) == bytes(SPEC.block_bytes), "a damaged block does not touch its page"
-    assert (await awaited(reader, lease, [keys[4]]))[1] == [keys[4]], "it was given up"
+    await all_but_the_fifth_are_taken(awaited, reader, target, lease, keys, contents)
+    for page in (8, 9):
+        assert page_of(target, page) == bytes(SPEC.block_bytes), "what is damaged touches no page"
     await writer.release([lease])
 
 
@@ -128,17 +136,7 @@ async def test_blocks_of_a_device_that_digests_pages_go_to_any_reader(
     digests[1] = block_digest(keys[1], TOKENS, writer.layout.fingerprint, contents[1])
     digests[4] = digests[4][:-1] + b"?"
     await writer.commit(lease, zip(keys, digests, strict=True))
-    blocks, _ = await awaited(reader, lease, keys)
-    blocks.sort(key=lambda block: keys.index(block.key))
-    targets = [[2 * at, 2 * at + 1] for at in range(COUNT)]
-    whole = await reader.take_pages(lease, blocks, targets)
-    assert whole == [True, True, True, True, False, True]
-    out = bytearray(SPEC.block_bytes)
-    for at in (0, 1, 2, 3, 5):
-        for page in targets[at]:
-            target.export_page(page, 0, SPEC.num_layers, memoryview(out))
-            assert bytes(out) == contents[at]
-    assert (await awaited(reader, lease, [keys[4]]))[1] == [keys[4]], "it was given up"
+    await all_but_the_fifth_are_taken(awaited, reader, target, lease, keys, contents)
     await writer.release([lease])
 
 

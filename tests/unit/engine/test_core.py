@@ -380,6 +380,7 @@ def test_those_who_await_kv_do_not_wait_behind_a_full_batch(make_bench: MakeBenc
     bench.submit("e", [8, 9], count=4)
     bench.core.step()
     assert source.blocks, "its KV is asked for"
+    assert [sequence.id for sequence in bench.core._scheduler.waiting] == ["b", "c", "e"]
     bench.run()
     ended = [output.sequence.id for output in bench.outputs if output.finish_reason]
     assert ended == ["a", "b", "c", "e"]

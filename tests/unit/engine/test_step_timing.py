@@ -48,6 +48,9 @@ def test_prompts_of_a_size_that_is_not_known_take_as_long_as_others() -> None:
     assert timing.prefill_tokens_per_s == pytest.approx(512)
     assert timing.launch_at(flight(100.0, 300)) == pytest.approx(100.0 + 0.9 * 300 / 512)
     assert timing.launch_at(flight(100.0, 300, 1)) == 100.0, "who knows how long that takes"
+    for _ in range(3):
+        timing.took(300, 1, 0.2)
+    assert timing.launch_at(flight(100.0, 300)) == pytest.approx(100.0 + 0.9 * 300 / 512)
     for _ in range(99):
         timing.took(300, 1, 0.2)
     assert timing.launch_at(flight(100.0, 300)) == pytest.approx(100.2), "now it is known"

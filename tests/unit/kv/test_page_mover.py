@@ -293,6 +293,19 @@ async def test_no_copy_of_a_device_begins_too_late(device_rig):
     assert await device_rig.put(part, begin_by_s=2.1) == 1
 
 
+async def test_of_several_groups_of_layers_those_in_time_count(device_rig):
+    rig, parts = device_rig, [device_rig.part(0), replace(device_rig.part(1), end_layer=2)]
+
+    def later():
+        rig.source.now += 1.0
+
+    rig.source.before_copy = later
+    assert await rig.put(*parts, begin_by_s=1.5) == 1
+    assert not any(rig.transport.arena[BLOCK_BYTES : 2 * BLOCK_BYTES])
+    assert await rig.put(*parts[1:]) == 1
+    assert await rig.take(*parts) == [True, True]
+
+
 @pytest.mark.parametrize("end", ["source", "target"])
 async def test_what_a_device_cannot_reach_goes_through_buffers(device_rig, end):
     """By the same digests."""

@@ -56,7 +56,7 @@ async def test_layers_are_told_of_once_when_the_last_group_is_all_that_is_missin
     rig.hand_over.begin(KEYS, PAGES, 0)
     for end in range(1, 4):
         rig.hand_over.layers_done(0, 3, end - 1, end)
-        await rig.until(lambda end=end: all(b.written == end for b in rig.hand_over._blocks))  # type: ignore[misc]
+        await rig.until(lambda: [b.written for b in rig.hand_over._blocks] == [end] * 3)  # noqa: B023
     await rig.until(lambda: len(rig.store.reported) == 3)
     assert {num_layers for _, _, num_layers in rig.store.reported} == {3}
     ended = asyncio.ensure_future(rig.hand_over.ended())
